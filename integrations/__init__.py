@@ -1,0 +1,1 @@
+"""Adapters for training libraries, installed as ``nested_optim.integrations``."""

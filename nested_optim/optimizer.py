@@ -1,0 +1,586 @@
+"""What all optimizers of this package share: options, windows, the step protocol, checkpoints,
+hooks.
+
+A subclass declares its options in ``defaults``, checks them in
+:meth:`LevelOptimizer._check_options`, creates its per-parameter tensors in
+:meth:`LevelOptimizer._init_state` and applies its rule in :meth:`LevelOptimizer._update`. When that
+rule runs is decided here.
+"""
+
+from __future__ import annotations
+
+import abc
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    _foreach_supported_types,
+    _get_scalar_dtype,
+    _get_value,
+    _use_grad_for_differentiable,
+)
+from torch.utils.hooks import RemovableHandle
+
+from . import checkpoint
+from .levels import check_frequency, check_window, divisor, window_closes
+
+ParamsT = (
+    Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+)  #: what ``torch.optim`` optimizers accept
+
+WINDOW_KEYS = ("window_count", "window_sum")
+
+_EXTRA_GROUP_KEYS = frozenset(
+    {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale"}
+)
+
+
+class LevelOptimizer(Optimizer, abc.ABC):
+    """Base of the optimizers whose parameter groups update at their own frequency.
+
+    Per parameter, ``state`` holds ``step`` (updates applied, as in ``torch.optim``),
+    ``window_count`` (gradients in the running window), ``window_sum`` (their sum, in at least
+    float32; where a window of more than one gradient has been open) and what the subclass adds. All
+    are tensors; nothing that a checkpoint must carry lives elsewhere but in ``param_groups``.
+
+    Args:
+        params: parameters, groups, or ``(name, parameter)`` pairs, as ``torch.optim`` takes them.
+        defaults: every option with its default value, ``frequency`` and ``window`` among them.
+        param_groups: the same as ``params``, by keyword.
+    """
+
+    #: State tensors of the parameter's shape that are kept in ``state_dtype``.
+    _moment_keys: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        params: ParamsT | None,
+        defaults: dict[str, Any],
+        *,
+        param_groups: ParamsT | None = None,
+    ) -> None:
+        if (params is None) == (param_groups is None):
+            given = "neither" if params is None else "both"
+            raise TypeError(
+                f"{type(self).__name__} takes its parameters as `params` or as `param_groups=`, "
+                f"but got {given}"
+            )
+        given_params: Any = params if params is not None else param_groups
+        defaults = {**defaults, "meta_step": 0}
+        self._meta_update_hooks: OrderedDict[int, tuple[Callable[..., Any], int]] = OrderedDict()
+        super().__init__(given_params, {**defaults, **self._check_options(defaults, "")})
+
+    # ------------------------------------------------------------------ what a subclass provides
+
+    def _check_options(self, options: dict[str, Any], where: str) -> dict[str, Any]:
+        """Validate a group's options; return those that need a canonical form.
+
+        Called before anything changes, with ``where`` naming the group ("" for the constructor's
+        defaults). A subclass extends it.
+        """
+        lr, weight_decay = options["lr"], options["weight_decay"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"{where}Tensor lr must be 1-element")
+            if options["foreach"] and not options["capturable"]:
+                raise ValueError(
+                    f"{where}lr as a Tensor is not supported for capturable=False and foreach=True"
+                )
+        if not 0.0 <= lr:
+            raise ValueError(f"{where}Invalid learning rate: {lr}")
+        if not 0.0 <= weight_decay:
+            raise ValueError(f"{where}Invalid weight_decay value: {weight_decay}")
+        if options["fused"]:
+            if options["differentiable"]:
+                raise RuntimeError(f"{where}`fused` does not support `differentiable`")
+            if options["foreach"]:
+                raise RuntimeError(f"{where}`fused` and `foreach` cannot be `True` together.")
+        return {
+            "frequency": check_frequency(options["frequency"], where),
+            "window": check_window(options["window"], where),
+        }
+
+    def _check_parameter(self, param: Tensor, group: dict[str, Any], where: str) -> None:
+        """Raise if the rule cannot serve this parameter; ``where`` names it."""
+        if group["fused"] and not param.is_floating_point():
+            raise RuntimeError(
+                f"`fused=True` requires all the params to be floating point Tensors, but {where} "
+                f"is {param.dtype}; leave `fused` at None for its group"
+            )
+
+    @abc.abstractmethod
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Create the tensors that ``state`` lacks, other than the counters and the window."""
+
+    @abc.abstractmethod
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Apply the rule once to each parameter, whose state is complete.
+
+        ``grads`` are what the windows came to: gradients of the parameters' shape, in the
+        parameter's dtype or a wider one, not to be written to.
+        """
+
+    def _state_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """The dtype of a parameter's moments: its own, or the group's ``state_dtype``."""
+        name = group.get("state_dtype")
+        if name is None:
+            return param.dtype
+        dtype = resolve_dtype(name)
+        return dtype.to_complex() if param.is_complex() else dtype
+
+    def _window_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        wide = torch.promote_types(param.dtype, torch.float32)
+        return torch.promote_types(wide, self._state_dtype(param, group))
+
+    def _uses_foreach(self, group: dict[str, Any], params: Sequence[Tensor]) -> bool:
+        """Whether the group runs on ``torch._foreach_*``: the default wherever these are exact."""
+        if group["foreach"] is not None:
+            return bool(group["foreach"])
+        if group["differentiable"] or (isinstance(group["lr"], Tensor) and not group["capturable"]):
+            return False
+        return all(type(p) in _foreach_supported_types for p in params)
+
+    # ------------------------------------------------------------------ groups
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options it lacks take the defaults. The caller's dict stays as it is.
+
+        Raises:
+            ValueError: an option's value or name is wrong, or a parameter is in another group; the
+                optimizer is as before.
+        """
+        if isinstance(param_group, dict) and "params" in param_group:
+            param_group = self._import_group(dict(param_group))
+            if isinstance(param_group["params"], Tensor):
+                param_group["params"] = [param_group["params"]]
+            elif not isinstance(param_group["params"], set):
+                param_group["params"] = list(param_group["params"])
+            where = f"{self._group_label(len(self.param_groups), param_group)}: "
+            self._check_group_keys(param_group, where)
+            canonical = self._check_options({**self.defaults, **param_group}, where)
+            param_group.update((k, v) for k, v in canonical.items() if k in param_group)
+            self._check_other_groups(param_group, where)
+        super().add_param_group(param_group)
+
+    def _check_group_keys(self, group: dict[str, Any], where: str) -> None:
+        known = self.defaults.keys() | _EXTRA_GROUP_KEYS
+        for key in group.keys() - known:
+            close = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.8)
+            if close:
+                raise ValueError(f"{where}unknown option {key!r}; did you mean {close[0]!r}?")
+
+    def _check_other_groups(self, group: dict[str, Any], where: str) -> None:
+        owners = {p: i for i, other in enumerate(self.param_groups) for p in other["params"]}
+        for entry in group["params"]:
+            name, param = entry if isinstance(entry, tuple) else (None, entry)
+            if isinstance(param, Tensor) and param in owners:
+                label = repr(name) if name else f"one of shape {tuple(param.shape)}"
+                raise ValueError(
+                    f"{where}some parameters appear in more than one parameter group: {label} is "
+                    f"already in group {owners[param]}; list each parameter once"
+                )
+
+    def _import_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Rename the keys under which ``torch.optim`` knows an option of this class."""
+        return group
+
+    def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The inverse, for checkpoints that ``torch.optim`` is to read."""
+        return group
+
+    @staticmethod
+    def _group_label(index: int, group: dict[str, Any]) -> str:
+        name = group.get("name")
+        return f"param group {index}" + (f" ({name!r})" if name is not None else "")
+
+    def _param_label(self, group: dict[str, Any], index: int) -> str:
+        names = group.get("param_names")
+        at = next((i for i, g in enumerate(self.param_groups) if g is group), 0)
+        label = self._group_label(at, group)
+        if names and index < len(names):
+            return f"parameter {names[index]!r} of {label}"
+        return f"parameter {index} of {label}, of shape {tuple(group['params'][index].shape)}"
+
+    # ------------------------------------------------------------------ step
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Put the current gradients in their windows and update every parameter whose window
+        closes.
+
+        A parameter whose ``grad`` is None is passed over and keeps its phase. Gradients are read,
+        never written, and may be cleared after each step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss (optional); called once, with
+                gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient or a parameter that the rule cannot serve. Nothing has changed.
+        """
+        self._check_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self._amp_scaling()
+        work = self._gather()
+        probes = self._find_state_probes(work)
+        for group, params, grads in work:
+            self._advance(group, params, grads, probes)
+        real = any(p not in probes for _, params, _ in work for p in params)
+        if self._meta_update_hooks and (real or not probes):
+            self._run_meta_update_hooks()
+        return loss
+
+    @_use_grad_for_differentiable
+    def flush(self) -> int:
+        """Apply every partly filled window now, as if it were complete, and open new ones.
+
+        A mean divides by the gradients that the window holds. Call it before the last evaluation,
+        or before ``frequency`` no longer matters. On an accelerator with ``capturable=True`` this
+        waits for the device.
+
+        Returns:
+            How many parameters were updated.
+        """
+        updated = 0
+        for group in self.param_groups:
+            pending = [p for p in group["params"] if self._pending(p)]
+            if pending:
+                self._update(group, pending, self._window_gradients(group, pending))
+                updated += len(pending)
+        return updated
+
+    def _check_capture(self) -> None:
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
+        if self._meta_update_hooks and _capturing():
+            raise RuntimeError(
+                "meta update hooks run on the host and cannot be captured in a CUDA graph: remove "
+                "them, or call step() outside the capture"
+            )
+
+    def _gather(self) -> list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]:
+        """The groups with the parameters that have a gradient, checked before anything changes."""
+        work = []
+        for at, group in enumerate(self.param_groups):
+            if type(group["frequency"]) is not int or group["frequency"] < 1:
+                check_frequency(group["frequency"], f"{self._group_label(at, group)}: ")
+            params, grads = [], []
+            for i, p in enumerate(group["params"]):
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients, but "
+                        f"{self._param_label(group, i)} has one ({grad.layout}); build its module "
+                        "with sparse=False, or give that parameter torch.optim.SparseAdam"
+                    )
+                if not self.state.get(p):
+                    self._check_parameter(p, group, self._param_label(group, i))
+                params.append(p)
+                grads.append(grad)
+            work.append((group, params, grads))
+        return work
+
+    def _find_state_probes(self, work: list[Any]) -> set[Tensor]:
+        """Parameters for which this step only serves to create state.
+
+        ``torch.distributed.checkpoint`` makes a fresh optimizer's state by a step with lr 0 and
+        zero gradients, which must not count as a gradient. Looked at only while a parameter has no
+        state and lr is 0; reading the gradients then waits for the device once.
+        """
+        if torch.compiler.is_compiling():
+            return set()
+        fresh = [
+            (group, [(p, g) for p, g in zip(params, grads) if not self.state.get(p)])
+            for group, params, grads in work
+        ]
+        if not any(pairs for _, pairs in fresh) or _capturing():
+            return set()
+        params, moves = [], []
+        for group, pairs in fresh:
+            if not pairs or float(group["lr"]) != 0:
+                continue
+            for p, grad in pairs:
+                move = (grad != 0).any()
+                # Every rank must decide alike on a DTensor.
+                moves.append(move.full_tensor() if hasattr(move, "full_tensor") else move)
+                params.append(p)
+        moved: dict[int, bool] = {}
+        for device in {move.device for move in moves}:
+            here = [i for i, move in enumerate(moves) if move.device == device]
+            moved.update(zip(here, torch.stack([moves[i] for i in here]).tolist()))
+        return {p for i, p in enumerate(params) if not moved[i]}
+
+    # ------------------------------------------------------------------ windows
+
+    def _begin(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state, created or completed."""
+        state: dict[str, Any] = self.state[param]
+        if "window_count" not in state:
+            on_device = group["capturable"] or group["fused"]
+            if "step" not in state:
+                state["step"] = torch.zeros(
+                    (),
+                    dtype=_get_scalar_dtype(is_fused=group["fused"]),
+                    device=param.device if on_device else "cpu",
+                )
+            state["window_count"] = torch.zeros(
+                (),
+                dtype=torch.float32,
+                device=param.device if group["capturable"] else "cpu",
+            )
+            self._init_state(param, group, state)
+        if group["frequency"] > 1 and "window_sum" not in state:
+            state["window_sum"] = torch.zeros_like(
+                param, dtype=self._window_dtype(param, group), memory_format=torch.preserve_format
+            )
+        return state
+
+    def _advance(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        probes: set[Tensor],
+    ) -> None:
+        """Add one gradient to each window and run the rule on the windows that close."""
+        frequency = group["frequency"]
+        direct: list[tuple[Tensor, Tensor]] = []  # a window of one gradient needs no sum
+        windowed: list[tuple[Tensor, Tensor]] = []
+        for p, grad in zip(params, grads):
+            state = self._begin(p, group)
+            if "window_sum" not in state:
+                direct.append((p, grad))
+            elif p in probes:
+                state["step"] += 1
+            else:
+                windowed.append((p, grad))
+
+        if windowed and (group["capturable"] or torch.compiler.is_compiling()):
+            self._advance_on_device(group, windowed)
+            windowed = []
+
+        opening: list[tuple[Tensor, Tensor]] = []
+        adding: list[tuple[Tensor, Tensor]] = []
+        closing: list[Tensor] = []
+        for p, grad in windowed:
+            state = self.state[p]
+            count = _get_value(state["window_count"]) + 1
+            if count == 1 and frequency == 1:
+                direct.append((p, grad))
+                continue
+            (opening if count == 1 else adding).append((state["window_sum"], grad))
+            state["window_count"].fill_(count)
+            if window_closes(count, frequency):
+                closing.append(p)
+
+        foreach = self._uses_foreach(group, params)
+        _apply(torch._foreach_copy_, Tensor.copy_, opening, foreach)
+        _apply(torch._foreach_add_, Tensor.add_, adding, foreach)
+        due = [p for p, _ in direct] + closing
+        if due:
+            due_grads = [grad for _, grad in direct] + self._window_gradients(group, closing)
+            self._update(group, due, due_grads)
+
+    def _window_gradients(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """What these windows come to; their counts return to 0."""
+        sums = [self.state[p]["window_sum"] for p in params]
+        counts = [float(_get_value(self.state[p]["window_count"])) for p in params]
+        for p in params:
+            self.state[p]["window_count"].zero_()
+        divisors = [divisor(count, group["window"]) for count in counts]
+        if self._uses_foreach(group, params) and params:
+            # In place: the sum is spent, and the next window opens by overwriting it.
+            torch._foreach_div_(sums, divisors)
+            return sums
+        return [total / n for total, n in zip(sums, divisors)]
+
+    def _advance_on_device(
+        self, group: dict[str, Any], windowed: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """The same where the host must not look at a counter: CUDA graphs and ``torch.compile``.
+
+        The rule runs on every window, and what it did is kept where the window closed.
+        """
+        params, means, closes, before = [], [], [], []
+        for p, grad in windowed:
+            state = self.state[p]
+            for key in ("step", "window_count"):
+                if state[key].device != p.device:
+                    state[key] = state[key].to(p.device)
+            total, count = state["window_sum"], state["window_count"]
+            count.add_(1)
+            _local(total).copy_(
+                torch.where(count == 1, _local(grad).to(total.dtype), _local(total + grad))
+            )
+            params.append(p)
+            means.append(total / count if group["window"] == "mean" else total.clone())
+            closes.append(count >= group["frequency"])
+            kept = [p, *(t for k, t in sorted(state.items()) if k not in WINDOW_KEYS)]
+            before.append([(_local(t), _local(t).clone()) for t in kept])
+        self._update(group, params, means)
+        for (p, _), close, pairs in zip(windowed, closes, before):
+            for tensor, old in pairs:
+                tensor.copy_(torch.where(close, tensor, old))
+            self.state[p]["window_count"].masked_fill_(close, 0)
+
+    def _pending(self, param: Tensor) -> bool:
+        state = self.state.get(param, {})
+        return "window_sum" in state and bool(state["window_count"].item() > 0)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``step`` unscales and skips on the device, as ``torch.amp.GradScaler`` asks.
+
+        Only torch's fused kernel does, and it knows no windows; otherwise the scaler unscales and
+        skips itself, so that neither a window nor a hook sees a step that did not happen.
+        """
+        return (
+            not self._meta_update_hooks
+            and all(g["fused"] and g["frequency"] == 1 for g in self.param_groups)
+            and not any(self._pending(p) for g in self.param_groups for p in g["params"])
+        )
+
+    def _amp_scaling(self) -> dict[str, Tensor | None]:
+        """``grad_scale`` and ``found_inf`` as the scaler left them on the optimizer."""
+        scaling = {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
+        if any(v is not None for v in scaling.values()) and not self._step_supports_amp_scaling:
+            raise RuntimeError(
+                "grad_scale and found_inf are taken by fused=True with frequency 1 only; let "
+                "torch.amp.GradScaler.step() unscale and skip for this optimizer"
+            )
+        return scaling
+
+    # ------------------------------------------------------------------ hooks
+
+    def register_meta_update_hook(
+        self, hook: Callable[[LevelOptimizer], Any], every: int = 1
+    ) -> RemovableHandle:
+        """Run ``hook(optimizer)`` after every ``every``-th step, with gradients enabled.
+
+        Steps are counted in ``param_groups[0]["meta_step"]`` while a hook is registered, so the
+        count survives checkpoints; hooks themselves are, as torch's, not saved. A step that
+        ``torch.amp.GradScaler`` skips does not count, nor one that only creates state. Hooks run on
+        the host: a step inside a CUDA graph capture is refused while one is registered.
+
+        Returns:
+            A handle whose ``remove()`` unregisters the hook.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"Invalid every: {every!r}. It is a number of steps, an integer >= 1")
+        if not callable(hook):
+            raise TypeError(f"a meta update hook is called as hook(optimizer), but got {hook!r}")
+        handle = RemovableHandle(self._meta_update_hooks)
+        self._meta_update_hooks[handle.id] = (hook, every)
+        return handle
+
+    def _run_meta_update_hooks(self) -> None:
+        group = self.param_groups[0]
+        group["meta_step"] += 1
+        for hook, every in list(self._meta_update_hooks.values()):
+            if group["meta_step"] % every == 0:
+                with torch.enable_grad():
+                    hook(self)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``: plain values in groups, tensors in state."""
+        state_dict: dict[str, Any] = super().state_dict()
+        groups = [self._export_group(dict(group)) for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class, or of the torch optimizer it replaces.
+
+        Group options that the checkpoint lacks keep their present values; where both differ the
+        checkpoint wins and one warning names them (``lr`` excepted, which schedulers move). Moments
+        take ``state_dtype`` (or the parameter's dtype), windows theirs. As in torch, tensors that
+        need no conversion are shared with ``state_dict``.
+
+        Raises:
+            ValueError: the checkpoint's groups, names or shapes are not this optimizer's. Nothing
+                has changed.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, dict(state_dict))
+            state_dict = state_dict if replaced is None else replaced
+        loaded = checkpoint.load(self, state_dict)
+        self.__setstate__(loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
+        """A state entry of a checkpoint as this optimizer keeps it."""
+        if key in ("step", "window_count"):
+            on_device = group["capturable"] or (key == "step" and group["fused"])
+            dtype = _get_scalar_dtype(is_fused=group["fused"]) if key == "step" else torch.float32
+            value = torch.as_tensor(value, dtype=torch.float32 if on_device else dtype)
+            return value.to(param.device if on_device else "cpu")
+        if not isinstance(value, Tensor):
+            return value
+        if key == "window_sum":
+            return value.to(device=param.device, dtype=self._window_dtype(param, group))
+        if key in self._moment_keys:
+            return value.to(device=param.device, dtype=self._state_dtype(param, group))
+        return value.to(device=param.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_meta_update_hooks", OrderedDict())
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+
+
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The floating-point dtype of this name (``"float32"``), or a ValueError."""
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"Invalid state_dtype: {name!r}. Give a real floating-point dtype such as "
+            "torch.float32, or None for the parameter's own"
+        )
+    return dtype
+
+
+def _apply(
+    multi: Callable[..., Any],
+    single: Callable[..., Any],
+    pairs: list[tuple[Tensor, Tensor]],
+    foreach: bool,
+) -> None:
+    """In place, ``target <- op(target, source)`` for each pair."""
+    if not pairs:
+        return
+    if foreach:
+        targets, sources = map(list, zip(*pairs))
+        multi(targets, sources)
+    else:
+        for target, source in pairs:
+            single(target, source)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A DTensor's local shard, which shares its memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

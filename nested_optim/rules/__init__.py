@@ -1,0 +1,9 @@
+"""The update rules as pure functions of tensors: the truth that every fast path is tested against.
+
+Nothing here owns state, mutates its arguments or knows of optimizers; this package imports only
+torch.
+"""
+
+from .adamw import adamw, bias_corrections
+
+__all__ = ["adamw", "bias_corrections"]
