@@ -6,5 +6,21 @@ After *Nested Learning: The Illusion of Deep Learning Architectures* (arXiv 2512
 from ._version import __version__
 from .describe import describe
 from .nested import NestedOptimizer
+from .param_groups import (
+    build_param_groups,
+    count_layers,
+    depth_groups,
+    group_titans_params,
+    infer_param_depth,
+)
 
-__all__ = ["NestedOptimizer", "__version__", "describe"]
+__all__ = [
+    "NestedOptimizer",
+    "__version__",
+    "build_param_groups",
+    "count_layers",
+    "depth_groups",
+    "describe",
+    "group_titans_params",
+    "infer_param_depth",
+]

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .names import strip_wrapper_prefixes
+
 if TYPE_CHECKING:
     from .optimizer import LevelOptimizer
 
 # Schedulers and hooks move these while training, so a difference is no surprise.
 _MOVED_IN_TRAINING = frozenset({"lr", "initial_lr", "meta_step"})
-
-_WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def load(optimizer: LevelOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def load(optimizer: LevelOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
     owners: dict[Any, tuple[Tensor, dict[str, Any], str]] = {}
     for at, (live, saved) in enumerate(zip(live_groups, saved_groups)):
         group = {**{k: v for k, v in live.items() if k != "params"}, **saved}
-        group["params"] = live["params"]
+        # Names that agree up to a wrapper's prefix are best told as they are here.
+        group.update((k, live[k]) for k in ("params", "param_names") if k in live)
         label = f"checkpoint's {optimizer._group_label(at, group)}: "
         group.update(optimizer._check_options(group, label))
         for key in optimizer.defaults.keys() - _MOVED_IN_TRAINING:
@@ -102,7 +103,7 @@ def _check_sizes(live_groups: list[dict[str, Any]], saved_groups: list[dict[str,
 def _name_difference(live: list[str] | None, saved: list[str] | None) -> str:
     if not live or not saved:
         return ""
-    here, there = [[_bare(name) for name in names] for names in (live, saved)]
+    here, there = [[strip_wrapper_prefixes(name) for name in names] for names in (live, saved)]
     only_here = [name for name in here if name not in there][:5]
     only_there = [name for name in there if name not in here][:5]
     return f"; only here: {only_here}, only in the checkpoint: {only_there}"
@@ -112,7 +113,11 @@ def _check_names(live_groups: list[dict[str, Any]], saved_groups: list[dict[str,
     """Positions decide which state a parameter gets, so names at one position must agree."""
     for at, (live, saved) in enumerate(zip(live_groups, saved_groups)):
         pairs = list(zip(live.get("param_names") or (), saved.get("param_names") or ()))
-        wrong = [(i, a, b) for i, (a, b) in enumerate(pairs) if _bare(a) != _bare(b)]
+        wrong = [
+            (i, a, b)
+            for i, (a, b) in enumerate(pairs)
+            if strip_wrapper_prefixes(a) != strip_wrapper_prefixes(b)
+        ]
         if wrong:
             listed = "; ".join(f"{i}: {a!r} here, {b!r} in the checkpoint" for i, a, b in wrong[:5])
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -120,15 +125,6 @@ def _check_names(live_groups: list[dict[str, Any]], saved_groups: list[dict[str,
                 f"parameter names of group {at} differ from the checkpoint's at position {listed}"
                 f"{more}. Build the groups in the checkpoint's order"
             )
-
-
-def _bare(name: str) -> str:
-    """A name without the prefixes that wrappers of a module add."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -72,7 +72,8 @@ def describe(optimizer: Optimizer, model: nn.Module | None = None) -> GroupTable
         - ``frequency``: gradients per update;
         - ``phase``: gradients in the running window, ``(smallest, largest)`` over its parameters;
         - ``updates``: updates applied, ``(smallest, largest)`` likewise;
-        - ``expected_updates``: the updates that the most gradients any parameter of the optimizer has
+        - ``expected_updates``: the updates that the most gradients any parameter of the optimizer
+        has
           seen would have made at this frequency. It counts on frequencies having been constant, and
           is a number to compare ``updates`` with: a parameter that had no gradients lags behind it;
         - ``tensors``, ``parameters``: how many tensors, how many elements;

@@ -88,7 +88,7 @@ class NestedOptimizer(LevelOptimizer):
         )
         if options["state_dtype"] is not None:
             # A string, so that checkpoints hold plain values.
-            dtype = resolve_dtype(options["state_dtype"])
+            dtype = resolve_dtype(options["state_dtype"], where)
             canonical["state_dtype"] = str(dtype).removeprefix("torch.")
         return canonical
 

@@ -549,12 +549,12 @@ class LevelOptimizer(Optimizer, abc.ABC):
                 group.setdefault(key, default)
 
 
-def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
+def resolve_dtype(name: str | torch.dtype, where: str = "") -> torch.dtype:
     """The floating-point dtype of this name (``"float32"``), or a ValueError."""
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
-            f"Invalid state_dtype: {name!r}. Give a real floating-point dtype such as "
+            f"{where}Invalid state_dtype: {name!r}. Give a real floating-point dtype such as "
             "torch.float32, or None for the parameter's own"
         )
     return dtype
