@@ -128,9 +128,12 @@ class NestedOptimizer(LevelOptimizer):
         # The rule works in one dtype: the wider of the parameter's and its moments'.
         dtypes = [torch.promote_types(p.dtype, m.dtype) for p, m in zip(params, kept[1])]
         work = [[t.to(dtype) for t, dtype in zip(tensors, dtypes)] for tensors in kept]
+        grads = [grad.to(dtype) for grad, dtype in zip(grads, dtypes)]
+        if fused:
+            _make_strides_agree([*work, grads])
         tensors = [
             work[0],
-            [grad.to(dtype) for grad, dtype in zip(grads, dtypes)],
+            grads,
             *work[1:3],
             work[3] if amsgrad else [],
             [state["step"] for state in states],
@@ -283,6 +286,18 @@ def _fused_nestedoptimizer(
         )
         if inf is not None:
             torch._foreach_sub_(steps, [inf] * len(steps))  # type: ignore[list-item]
+
+
+def _make_strides_agree(lists: list[list[Tensor]]) -> None:
+    """Replace the tensors of a parameter by contiguous copies where their strides differ.
+
+    torch's fused kernels walk the memory of all of them alike: on a parameter that is a strided view,
+    or a gradient laid out in another way, they would pair wrong elements.
+    """
+    for i, tensors in enumerate(zip(*lists)):
+        if len({t.stride() for t in tensors}) > 1:
+            for column, tensor in zip(lists, tensors):
+                column[i] = tensor.contiguous()
 
 
 def _steps_stay_tensors(group: dict[str, Any]) -> bool:
