@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .dtensors import local
 from .levels import gradients_seen, updates_expected
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ def _state_tensors(optimizer: Optimizer, params: Iterable[Tensor]) -> Iterable[T
 
 
 def _bytes(tensor: Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return int(local.numel() * local.element_size())
+    tensor = local(tensor)
+    return int(tensor.numel() * tensor.element_size())
 
 
 def _common_path(names: list[str]) -> str:

@@ -291,8 +291,8 @@ def _fused_nestedoptimizer(
 def _make_strides_agree(lists: list[list[Tensor]]) -> None:
     """Replace the tensors of a parameter by contiguous copies where their strides differ.
 
-    torch's fused kernels walk the memory of all of them alike: on a parameter that is a strided view,
-    or a gradient laid out in another way, they would pair wrong elements.
+    torch's fused kernels walk the memory of all of them alike: on a parameter that is a strided
+    view, or a gradient laid out in another way, they would pair wrong elements.
     """
     for i, tensors in enumerate(zip(*lists)):
         if len({t.stride() for t in tensors}) > 1:

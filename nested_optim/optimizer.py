@@ -26,7 +26,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from . import checkpoint
+from . import checkpoint, dtensors
 from .levels import check_frequency, check_window, divisor, window_closes
 
 ParamsT = (
@@ -74,6 +74,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         defaults = {**defaults, "meta_step": 0}
         self._meta_update_hooks: OrderedDict[int, tuple[Callable[..., Any], int]] = OrderedDict()
         super().__init__(given_params, {**defaults, **self._check_options(defaults, "")})
+        self.register_state_dict_post_hook(_export_groups)
 
     # ------------------------------------------------------------------ what a subclass provides
 
@@ -191,7 +192,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         return group
 
     def _export_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The inverse, for checkpoints that ``torch.optim`` is to read."""
+        """The inverse, for checkpoints that ``torch.optim`` is to read; not in place."""
         return group
 
     @staticmethod
@@ -291,7 +292,9 @@ class LevelOptimizer(Optimizer, abc.ABC):
                 if not self.state.get(p):
                     self._check_parameter(p, group, self._param_label(group, i))
                 params.append(p)
-                grads.append(grad)
+                # Tensor parallelism may leave a gradient's sum over the ranks to its user.
+                plain = type(grad) is Tensor
+                grads.append(grad if plain else dtensors.laid_out_like(grad, p))
             work.append((group, params, grads))
         return work
 
@@ -312,12 +315,11 @@ class LevelOptimizer(Optimizer, abc.ABC):
             return set()
         params, moves = [], []
         for group, pairs in fresh:
-            if not pairs or float(group["lr"]) != 0:
+            lr = group["lr"]
+            if not pairs or float(lr.detach() if isinstance(lr, Tensor) else lr) != 0:
                 continue
             for p, grad in pairs:
-                move = (grad != 0).any()
-                # Every rank must decide alike on a DTensor.
-                moves.append(move.full_tensor() if hasattr(move, "full_tensor") else move)
+                moves.append(dtensors.whole((grad != 0).any()))  # ranks must decide alike
                 params.append(p)
         moved: dict[int, bool] = {}
         for device in {move.device for move in moves}:
@@ -403,11 +405,22 @@ class LevelOptimizer(Optimizer, abc.ABC):
         for p in params:
             self.state[p]["window_count"].zero_()
         divisors = [divisor(count, group["window"]) for count in counts]
-        if self._uses_foreach(group, params) and params:
-            # In place: the sum is spent, and the next window opens by overwriting it.
-            torch._foreach_div_(sums, divisors)
-            return sums
-        return [total / n for total, n in zip(sums, divisors)]
+        if group["differentiable"]:
+            return [total / n for total, n in zip(sums, divisors)]
+        # In place: the sum is spent, and the next window opens by overwriting it.
+        buckets: dict[Any, tuple[list[Tensor], list[float]]] = {}
+        for total, n in zip(sums, divisors):
+            bucket = buckets.setdefault((type(total), total.device, total.dtype), ([], []))
+            bucket[0].append(total)
+            bucket[1].append(n)
+        for (kind, _, _), (totals, counts) in buckets.items():
+            if kind in _foreach_supported_types:
+                # On CUDA this divides; div_ by a number would multiply by its reciprocal.
+                torch._foreach_div_(totals, counts)
+            else:
+                for total, n in zip(totals, counts):
+                    total.div_(n)
+        return sums
 
     def _advance_on_device(
         self, group: dict[str, Any], windowed: list[tuple[Tensor, Tensor]]
@@ -424,14 +437,16 @@ class LevelOptimizer(Optimizer, abc.ABC):
                     state[key] = state[key].to(p.device)
             total, count = state["window_sum"], state["window_count"]
             count.add_(1)
-            _local(total).copy_(
-                torch.where(count == 1, _local(grad).to(total.dtype), _local(total + grad))
+            dtensors.local(total).copy_(
+                torch.where(
+                    count == 1, dtensors.local(grad).to(total.dtype), dtensors.local(total + grad)
+                )
             )
             params.append(p)
             means.append(total / count if group["window"] == "mean" else total.clone())
             closes.append(count >= group["frequency"])
             kept = [p, *(t for k, t in sorted(state.items()) if k not in WINDOW_KEYS)]
-            before.append([(_local(t), _local(t).clone()) for t in kept])
+            before.append([(dtensors.local(t), dtensors.local(t).clone()) for t in kept])
         self._update(group, params, means)
         for (p, _), close, pairs in zip(windowed, closes, before):
             for tensor, old in pairs:
@@ -499,13 +514,6 @@ class LevelOptimizer(Optimizer, abc.ABC):
     # ------------------------------------------------------------------ checkpoints
 
     @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``: plain values in groups, tensors in state."""
-        state_dict: dict[str, Any] = super().state_dict()
-        groups = [self._export_group(dict(group)) for group in state_dict["param_groups"]]
-        return {**state_dict, "param_groups": groups}
-
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class, or of the torch optimizer it replaces.
 
@@ -518,8 +526,9 @@ class LevelOptimizer(Optimizer, abc.ABC):
             ValueError: the checkpoint's groups, names or shapes are not this optimizer's. Nothing
                 has changed.
         """
+        state_dict = state_dict.copy()  # hooks may write to it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, dict(state_dict))
+            replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         loaded = checkpoint.load(self, state_dict)
         self.__setstate__(loaded)
@@ -535,6 +544,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
             return value.to(param.device if on_device else "cpu")
         if not isinstance(value, Tensor):
             return value
+        value = dtensors.laid_out_like(value, param)
         if key == "window_sum":
             return value.to(device=param.device, dtype=self._window_dtype(param, group))
         if key in self._moment_keys:
@@ -544,9 +554,16 @@ class LevelOptimizer(Optimizer, abc.ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_meta_update_hooks", OrderedDict())
+        if _export_groups not in self._optimizer_state_dict_post_hooks.values():  # unpickled
+            self.register_state_dict_post_hook(_export_groups)
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
+
+
+def _export_groups(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    groups = [optimizer._export_group(group) for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
 
 
 def resolve_dtype(name: str | torch.dtype, where: str = "") -> torch.dtype:
@@ -569,7 +586,8 @@ def _apply(
     """In place, ``target <- op(target, source)`` for each pair."""
     if not pairs:
         return
-    if foreach:
+    # DTensors have no _foreach_copy_.
+    if foreach and not (single is Tensor.copy_ and any(map(dtensors.placements, pairs[0]))):
         targets, sources = map(list, zip(*pairs))
         multi(targets, sources)
     else:
@@ -579,8 +597,3 @@ def _apply(
 
 def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """A DTensor's local shard, which shares its memory; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

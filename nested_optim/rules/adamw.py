@@ -70,11 +70,12 @@ def adamw(
     """
     beta1, beta2 = betas
     is_complex = param.is_complex()
+    # Products are rounded back below: a 0-d parameter and a 0-d tensor lr or beta would promote.
     if maximize:
         grad = -grad
     if not isinstance(weight_decay, (int, float)) or weight_decay != 0:
         if decoupled:
-            param = param * (1 - lr * weight_decay)
+            param = (param * (1 - lr * weight_decay)).to(param.dtype)
         elif isinstance(weight_decay, Tensor):
             grad = torch.addcmul(grad, param, weight_decay)
         else:
@@ -95,7 +96,7 @@ def adamw(
         exp_avg_sq = torch.lerp(exp_avg_sq, torch.square(grad), 1 - beta2)
     else:
         value: Any = 1 - beta2
-        exp_avg_sq = torch.addcmul(exp_avg_sq * beta2, grad, grad, value=value)
+        exp_avg_sq = torch.addcmul((exp_avg_sq * beta2).to(grad.dtype), grad, grad, value=value)
 
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
@@ -110,7 +111,7 @@ def adamw(
         moved = torch.addcdiv(param, exp_avg, denominator + eps / negative_step_size)
         # At lr 0 the denominator of a zero second moment is 0 / 0.
         if isinstance(lr, Tensor):
-            param = torch.where(lr == 0, param, moved)
+            param = torch.where(negative_step_size == 0, param, moved)
         elif lr != 0:
             param = moved
     else:

@@ -104,6 +104,26 @@ def test_windows_equal_those_on_the_cpu_and_steps_do_not_wait_for_the_device(opt
     assert on_cpu.flush() == 1
 
 
+@pytest.mark.parametrize(
+    "path", [{}, {"foreach": False}, {"fused": True}, {"capturable": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_the_mean_is_the_cpu_s_division_on_every_path(path, dtype):
+    if path.get("fused") and dtype.is_complex:
+        path = {}
+    cpu_params, params = make_params(*SHAPES, dtype=dtype), cuda_params(dtype)
+    options = {"frequency": 3, "betas": (0.0, 0.9), "lr": 0.0}
+    on_cpu = NestedOptimizer(cpu_params, foreach=False, **options)
+    optimizer = NestedOptimizer(params, **options, **path)
+    for seed in range(3):
+        for p, q, grad in zip(params, cpu_params, random_grads(cpu_params, seed)):
+            p.grad, q.grad = grad.cuda(), grad
+        on_cpu.step()
+        optimizer.step()
+    for p, q in zip(params, cpu_params):  # with beta1 0 the first moment is the mean
+        assert torch.equal(optimizer.state[p]["exp_avg"].cpu(), on_cpu.state[q]["exp_avg"])
+
+
 @pytest.mark.parametrize("path", [{}, {"foreach": False}, {"fused": True}], ids=str)
 def test_one_captured_graph_serves_every_phase(path):
     params, eager_params = cuda_params(), cuda_params()

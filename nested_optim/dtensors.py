@@ -1,0 +1,41 @@
+"""What DTensors (FSDP2, tensor parallelism) need beyond what plain tensors do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def placements(tensor: Any) -> Any:
+    """How a DTensor is laid out over its mesh; None for any other tensor."""
+    return getattr(tensor, "placements", None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's local shard, which shares its memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, the same on every rank; any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def laid_out_like(value: Tensor, param: Any) -> Tensor:
+    """``value`` with the layout of ``param``: sums over ranks done, shards cut.
+
+    A plain tensor is taken to be the whole, equal on every rank, and cut without traffic.
+    """
+    wanted = placements(param)
+    if placements(value) == wanted or (wanted is not None and value.shape != param.shape):
+        return value
+    if wanted is None:
+        return value
+    if placements(value) is None:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = param.device_mesh
+        everywhere = [Replicate()] * mesh.ndim
+        value = DTensor.from_local(value.to(param.device), mesh, everywhere, run_check=False)
+    return value.redistribute(placements=wanted)  # type: ignore[attr-defined, no-any-return]
