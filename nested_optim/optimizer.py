@@ -562,6 +562,8 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
 
 def _export_groups(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    if "param_groups" not in state_dict:  # a hook put before this one gave it another form
+        return state_dict
     groups = [optimizer._export_group(group) for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
 

@@ -1,0 +1,1 @@
+"""Every generic behaviour that PyTorch asserts of its own optimizers, asserted of the ones here."""
