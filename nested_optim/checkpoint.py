@@ -1,4 +1,4 @@
-"""Loading optimizer state: checked as a whole, merged with the live groups, kept in its own dtypes.
+"""Loading state: checked as a whole, merged with the live groups, kept in its own dtypes.
 
 ``torch.optim.Optimizer.load_state_dict`` replaces each group by the saved one and casts every
 tensor to its parameter's dtype. Both lose what these optimizers need: options that a torch
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .names import strip_wrapper_prefixes
+from .tensors import capturing, whole
 
 if TYPE_CHECKING:
     from .optimizer import LevelOptimizer
@@ -85,6 +86,36 @@ def load(optimizer: LevelOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
             stacklevel=5,  # load, load_state_dict and two frames of its decorator
         )
     return {"state": state, "param_groups": groups}
+
+
+def find_state_probes(state: Any, work: list[Any]) -> set[Tensor]:
+    """Parameters for which a step on ``work`` only serves to create state.
+
+    ``torch.distributed.checkpoint`` makes a fresh optimizer's state by a step with lr 0 and
+    zero gradients, which must not count as a gradient. Looked at only while a parameter has no
+    state and lr is 0; reading the gradients then waits for the device once.
+    """
+    if torch.compiler.is_compiling():
+        return set()
+    fresh = [
+        (group, [(p, g) for p, g in zip(params, grads) if not state.get(p)])
+        for group, params, grads in work
+    ]
+    if not any(pairs for _, pairs in fresh) or capturing():
+        return set()
+    params, moves = [], []
+    for group, pairs in fresh:
+        lr = group["lr"]
+        if not pairs or float(lr.detach() if isinstance(lr, Tensor) else lr) != 0:
+            continue
+        for p, grad in pairs:
+            moves.append(whole((grad != 0).any()))  # ranks must decide alike
+            params.append(p)
+    moved: dict[int, bool] = {}
+    for device in {move.device for move in moves}:
+        here = [i for i, move in enumerate(moves) if move.device == device]
+        moved.update(zip(here, torch.stack([moves[i] for i in here]).tolist()))
+    return {p for i, p in enumerate(params) if not moved[i]}
 
 
 def _check_sizes(live_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:

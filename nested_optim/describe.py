@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .dtensors import local
 from .levels import gradients_seen, updates_expected
+from .tensors import local
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,7 +18,8 @@ from torch.optim.optimizer import (
 )
 
 from . import rules
-from .optimizer import LevelOptimizer, ParamsT, resolve_dtype
+from .optimizer import LevelOptimizer, ParamsT
+from .tensors import resolve_dtype
 
 
 class NestedOptimizer(LevelOptimizer):
@@ -91,6 +92,15 @@ class NestedOptimizer(LevelOptimizer):
             dtype = resolve_dtype(options["state_dtype"], where)
             canonical["state_dtype"] = str(dtype).removeprefix("torch.")
         return canonical
+
+    def _check_edits(self, group: dict[str, Any], where: str) -> None:
+        super()._check_edits(group, where)
+        on_host = group["foreach"] and not group["capturable"]
+        if on_host and any(isinstance(x, Tensor) for x in (group["lr"], *group["betas"])):
+            raise RuntimeError(
+                f"{where}lr or betas as a Tensor is not supported for capturable=False and "
+                "foreach=True; leave foreach at None"
+            )
 
     def _import_group(self, group: dict[str, Any]) -> dict[str, Any]:
         decoupled = group.pop("decoupled_weight_decay", None)
@@ -188,12 +198,6 @@ def _multi_tensor_nestedoptimizer(tensors: list[list[Tensor]], group: dict[str, 
     """The rule on lists of tensors, in the operations and order of torch's foreach AdamW."""
     lr, eps, weight_decay = _to_scalar(group["lr"]), group["eps"], group["weight_decay"]
     beta1, beta2 = group["betas"]
-    if group["differentiable"]:
-        raise RuntimeError("foreach=True does not support differentiable=True; leave it at None")
-    if not group["capturable"] and any(isinstance(x, Tensor) for x in (lr, beta1)):
-        raise RuntimeError(
-            "lr or betas as a Tensor are not supported for capturable=False and foreach=True"
-        )
     for bucket in _buckets(tensors).values():
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = bucket
         if any(p.is_complex() for p in params):

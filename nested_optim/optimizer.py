@@ -26,12 +26,12 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from . import checkpoint, dtensors
+from . import checkpoint
 from .levels import check_frequency, check_window, divisor, window_closes
+from .tensors import capturing, laid_out_like, local, placements, resolve_dtype
 
-ParamsT = (
-    Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-)  #: what ``torch.optim`` optimizers accept
+#: what ``torch.optim`` optimizers accept
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 WINDOW_KEYS = ("window_count", "window_sum")
 
@@ -101,10 +101,21 @@ class LevelOptimizer(Optimizer, abc.ABC):
                 raise RuntimeError(f"{where}`fused` does not support `differentiable`")
             if options["foreach"]:
                 raise RuntimeError(f"{where}`fused` and `foreach` cannot be `True` together.")
+        elif options["foreach"] and options["differentiable"]:
+            raise RuntimeError(f"{where}`foreach` does not support `differentiable`")
         return {
             "frequency": check_frequency(options["frequency"], where),
             "window": check_window(options["window"], where),
         }
+
+    def _check_edits(self, group: dict[str, Any], where: str) -> None:
+        """Raise for options edited in ``param_groups`` to what a step cannot do; before each step.
+
+        A subclass extends it.
+        """
+        if type(group["frequency"]) is not int or group["frequency"] < 1:
+            check_frequency(group["frequency"], where)
+        check_window(group["window"], where)
 
     def _check_parameter(self, param: Tensor, group: dict[str, Any], where: str) -> None:
         """Raise if the rule cannot serve this parameter; ``where`` names it."""
@@ -236,7 +247,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
         self._amp_scaling()
         work = self._gather()
-        probes = self._find_state_probes(work)
+        probes = checkpoint.find_state_probes(self.state, work)
         for group, params, grads in work:
             self._advance(group, params, grads, probes)
         real = any(p not in probes for _, params, _ in work for p in params)
@@ -266,7 +277,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
     def _check_capture(self) -> None:
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
-        if self._meta_update_hooks and _capturing():
+        if self._meta_update_hooks and capturing():
             raise RuntimeError(
                 "meta update hooks run on the host and cannot be captured in a CUDA graph: remove "
                 "them, or call step() outside the capture"
@@ -276,8 +287,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         """The groups with the parameters that have a gradient, checked before anything changes."""
         work = []
         for at, group in enumerate(self.param_groups):
-            if type(group["frequency"]) is not int or group["frequency"] < 1:
-                check_frequency(group["frequency"], f"{self._group_label(at, group)}: ")
+            self._check_edits(group, f"{self._group_label(at, group)}: ")
             params, grads = [], []
             for i, p in enumerate(group["params"]):
                 grad = p.grad
@@ -294,38 +304,9 @@ class LevelOptimizer(Optimizer, abc.ABC):
                 params.append(p)
                 # Tensor parallelism may leave a gradient's sum over the ranks to its user.
                 plain = type(grad) is Tensor
-                grads.append(grad if plain else dtensors.laid_out_like(grad, p))
+                grads.append(grad if plain else laid_out_like(grad, p))
             work.append((group, params, grads))
         return work
-
-    def _find_state_probes(self, work: list[Any]) -> set[Tensor]:
-        """Parameters for which this step only serves to create state.
-
-        ``torch.distributed.checkpoint`` makes a fresh optimizer's state by a step with lr 0 and
-        zero gradients, which must not count as a gradient. Looked at only while a parameter has no
-        state and lr is 0; reading the gradients then waits for the device once.
-        """
-        if torch.compiler.is_compiling():
-            return set()
-        fresh = [
-            (group, [(p, g) for p, g in zip(params, grads) if not self.state.get(p)])
-            for group, params, grads in work
-        ]
-        if not any(pairs for _, pairs in fresh) or _capturing():
-            return set()
-        params, moves = [], []
-        for group, pairs in fresh:
-            lr = group["lr"]
-            if not pairs or float(lr.detach() if isinstance(lr, Tensor) else lr) != 0:
-                continue
-            for p, grad in pairs:
-                moves.append(dtensors.whole((grad != 0).any()))  # ranks must decide alike
-                params.append(p)
-        moved: dict[int, bool] = {}
-        for device in {move.device for move in moves}:
-            here = [i for i, move in enumerate(moves) if move.device == device]
-            moved.update(zip(here, torch.stack([moves[i] for i in here]).tolist()))
-        return {p for i, p in enumerate(params) if not moved[i]}
 
     # ------------------------------------------------------------------ windows
 
@@ -437,16 +418,14 @@ class LevelOptimizer(Optimizer, abc.ABC):
                     state[key] = state[key].to(p.device)
             total, count = state["window_sum"], state["window_count"]
             count.add_(1)
-            dtensors.local(total).copy_(
-                torch.where(
-                    count == 1, dtensors.local(grad).to(total.dtype), dtensors.local(total + grad)
-                )
+            local(total).copy_(
+                torch.where(count == 1, local(grad).to(total.dtype), local(total + grad))
             )
             params.append(p)
             means.append(total / count if group["window"] == "mean" else total.clone())
             closes.append(count >= group["frequency"])
             kept = [p, *(t for k, t in sorted(state.items()) if k not in WINDOW_KEYS)]
-            before.append([(dtensors.local(t), dtensors.local(t).clone()) for t in kept])
+            before.append([(local(t), local(t).clone()) for t in kept])
         self._update(group, params, means)
         for (p, _), close, pairs in zip(windowed, closes, before):
             for tensor, old in pairs:
@@ -544,7 +523,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
             return value.to(param.device if on_device else "cpu")
         if not isinstance(value, Tensor):
             return value
-        value = dtensors.laid_out_like(value, param)
+        value = laid_out_like(value, param)
         if key == "window_sum":
             return value.to(device=param.device, dtype=self._window_dtype(param, group))
         if key in self._moment_keys:
@@ -568,17 +547,6 @@ def _export_groups(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]
     return {**state_dict, "param_groups": groups}
 
 
-def resolve_dtype(name: str | torch.dtype, where: str = "") -> torch.dtype:
-    """The floating-point dtype of this name (``"float32"``), or a ValueError."""
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"{where}Invalid state_dtype: {name!r}. Give a real floating-point dtype such as "
-            "torch.float32, or None for the parameter's own"
-        )
-    return dtype
-
-
 def _apply(
     multi: Callable[..., Any],
     single: Callable[..., Any],
@@ -589,13 +557,9 @@ def _apply(
     if not pairs:
         return
     # DTensors have no _foreach_copy_.
-    if foreach and not (single is Tensor.copy_ and any(map(dtensors.placements, pairs[0]))):
+    if foreach and not (single is Tensor.copy_ and any(map(placements, pairs[0]))):
         targets, sources = map(list, zip(*pairs))
         multi(targets, sources)
     else:
         for target, source in pairs:
             single(target, source)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

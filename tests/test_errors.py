@@ -29,6 +29,11 @@ from .helpers import assert_unchanged, make_params, set_grads, snapshot, train
         ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True`"),
         ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `diff"),
         (
+            {"foreach": True, "differentiable": True},
+            RuntimeError,
+            "`foreach` does not support `differentiable`",
+        ),
+        (
             {"lr": torch.tensor(0.1), "foreach": True},
             ValueError,
             "lr as a Tensor is not supported for capturable=False and foreach=True",
@@ -140,6 +145,30 @@ def test_a_frequency_edited_to_nonsense_is_refused_at_the_next_step(frequency):
     set_grads(params, [torch.ones(2)] * 2)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match="param group 1: Invalid frequency"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(
+    "edit, error, message",
+    [
+        ({"window": "max"}, ValueError, "param group 1: Invalid window: 'max'"),
+        (
+            {"foreach": True, "lr": torch.tensor(0.1)},
+            RuntimeError,
+            "param group 1: lr or betas as a Tensor is not supported",
+        ),
+    ],
+    ids=str,
+)
+def test_options_edited_to_what_no_step_can_do_are_refused_first(edit, error, message):
+    params = make_params((2,), (2,))
+    optimizer = NestedOptimizer([{"params": [p]} for p in params], frequency=2)
+    train(optimizer, params, [0])
+    optimizer.param_groups[1].update(edit)
+    set_grads(params, [torch.ones(2)] * 2)
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
         optimizer.step()
     assert_unchanged(optimizer, before)
 

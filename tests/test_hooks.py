@@ -116,7 +116,7 @@ def test_hooks_are_refused_while_a_cuda_graph_is_captured(monkeypatch):
     params = make_params((3,))
     optimizer = NestedOptimizer(params)
     optimizer.register_meta_update_hook(lambda _: None)
-    monkeypatch.setattr("nested_optim.optimizer._capturing", lambda: True)
+    monkeypatch.setattr("nested_optim.optimizer.capturing", lambda: True)
     set_grads(params, random_grads(params, 0))
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
         optimizer.step()

@@ -406,8 +406,15 @@ def test_foreach_needs_room_for_one_copy_of_the_parameters(case: Case) -> None:
     assert peaks[True] <= peaks[False] + len(params) * size
 
 
+def can_be_captured(case: Case) -> bool:
+    # The for-loop copies tensor betas from the CPU, here as in torch, which a capture forbids.
+    betas = case.kwargs.get("betas", (0.9, 0.999))
+    copies_betas = case.path == "forloop" and isinstance(betas[0], Tensor)
+    return bool(case.kwargs.get("capturable")) and not copies_betas
+
+
 @needs_cuda
-@each_case(*TRAINABLE, where=lambda case: bool(case.kwargs.get("capturable")))
+@each_case(*TRAINABLE, where=can_be_captured)
 def test_a_captured_step_replays_as_the_eager_one(case: Case) -> None:
     params, plain = case.params(), case.params()
     optimizer, eager = case.build(params), case.build(plain)

@@ -1,9 +1,10 @@
-"""What DTensors (FSDP2, tensor parallelism) need beyond what plain tensors do."""
+"""Layouts of DTensors (FSDP2, tensor parallelism), names of dtypes, CUDA graph captures."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -39,3 +40,19 @@ def laid_out_like(value: Tensor, param: Any) -> Tensor:
         everywhere = [Replicate()] * mesh.ndim
         value = DTensor.from_local(value.to(param.device), mesh, everywhere, run_check=False)
     return value.redistribute(placements=wanted)  # type: ignore[attr-defined, no-any-return]
+
+
+def resolve_dtype(name: str | torch.dtype, where: str = "") -> torch.dtype:
+    """The floating-point dtype of this name (``"float32"``), or a ValueError."""
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"{where}Invalid state_dtype: {name!r}. Give a real floating-point dtype such as "
+            "torch.float32, or None for the parameter's own"
+        )
+    return dtype
+
+
+def capturing() -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
