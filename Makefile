@@ -10,7 +10,7 @@ demo: setup
 	$(BIN)/python -m benchmarks demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadscope --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

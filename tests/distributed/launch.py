@@ -163,6 +163,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if sys.platform in _LOOPBACK:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo ranks work on the CPU, whatever is there
         os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]
     try:
         torch.set_num_threads(1)
