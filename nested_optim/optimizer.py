@@ -387,10 +387,12 @@ class LevelOptimizer(Optimizer, abc.ABC):
             self.state[p]["window_count"].zero_()
         divisors = [divisor(count, group["window"]) for count in counts]
         if group["differentiable"]:
-            return [total / n for total, n in zip(sums, divisors)]
+            return [total / n if n != 1 else total.clone() for total, n in zip(sums, divisors)]
         # In place: the sum is spent, and the next window opens by overwriting it.
         buckets: dict[Any, tuple[list[Tensor], list[float]]] = {}
         for total, n in zip(sums, divisors):
+            if n == 1:
+                continue
             bucket = buckets.setdefault((type(total), total.device, total.dtype), ([], []))
             bucket[0].append(total)
             bucket[1].append(n)
