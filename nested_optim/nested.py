@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class NestedOptimizer(LevelOptimizer):
         window: str = "mean",
         decoupled: bool = True,
         state_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -53,6 +56,7 @@ class NestedOptimizer(LevelOptimizer):
             "window": window,
             "decoupled": decoupled,
             "state_dtype": state_dtype,
+            "kahan_sum": kahan_sum,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
@@ -62,6 +66,7 @@ class NestedOptimizer(LevelOptimizer):
         super().__init__(params, defaults, param_groups=param_groups)
 
     _moment_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _has_kernels = True
 
     def _check_options(self, options: dict[str, Any], where: str) -> dict[str, Any]:
         canonical = super()._check_options(options, where)
@@ -87,6 +92,10 @@ class NestedOptimizer(LevelOptimizer):
         canonical["betas"] = tuple(
             _to_scalar(b) if isinstance(b, Tensor) else float(b) for b in betas
         )
+        if options["kahan_sum"] and options["differentiable"]:
+            raise RuntimeError(
+                f"{where}`kahan_sum` does not support `differentiable`: rounding has no gradient"
+            )
         if options["state_dtype"] is not None:
             # A string, so that checkpoints hold plain values.
             dtype = resolve_dtype(options["state_dtype"], where)
@@ -124,40 +133,79 @@ class NestedOptimizer(LevelOptimizer):
                 state[key] = torch.zeros_like(
                     param, dtype=dtype, memory_format=torch.preserve_format
                 )
+        if group["kahan_sum"] and _is_narrow(param) and "kahan_comp" not in state:
+            state["kahan_comp"] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         amsgrad, fused = group["amsgrad"], group["fused"]
-        states = [self.state[p] for p in params]
+        states = list(map(self.state.__getitem__, params))
         for p, state in zip(params, states):
-            if amsgrad and "max_exp_avg_sq" not in state:  # switched on in mid-run
-                self._init_state(p, group, state)
+            if (amsgrad and "max_exp_avg_sq" not in state) or (
+                group["kahan_sum"] and "kahan_comp" not in state
+            ):
+                self._init_state(p, group, state)  # switched on in mid-run
             if (group["capturable"] or fused) and state["step"].device != p.device:
                 state["step"] = state["step"].to(p.device)
         kept = [params, *([s[key] for s in states] for key in self._moment_keys[: 2 + amsgrad])]
+        steps = [state["step"] for state in states]
+        kahan = group["kahan_sum"] and any("kahan_comp" in state for state in states)
+        if not kahan and len(set(map(_dtype, chain(grads, *kept)))) == 1:
+            self._run(group, kept, grads, steps)
+            return
 
         # The rule works in one dtype: the wider of the parameter's and its moments'.
         dtypes = [torch.promote_types(p.dtype, m.dtype) for p, m in zip(params, kept[1])]
+        comps = [s.get("kahan_comp") if kahan else None for s in states]
+        for i, comp in enumerate(comps):
+            if comp is not None:
+                dtypes[i] = torch.promote_types(dtypes[i], torch.float32)
         work = [[t.to(dtype) for t, dtype in zip(tensors, dtypes)] for tensors in kept]
-        grads = [grad.to(dtype) for grad, dtype in zip(grads, dtypes)]
-        if fused:
-            _make_strides_agree([*work, grads])
-        tensors = [
-            work[0],
-            grads,
-            *work[1:3],
-            work[3] if amsgrad else [],
-            [state["step"] for state in states],
-        ]
-        if fused:
-            _fused_nestedoptimizer(tensors, group, **self._amp_scaling())
-        elif self._uses_foreach(group, params):
-            _multi_tensor_nestedoptimizer(tensors, group)
-        else:
-            _single_tensor_nestedoptimizer(tensors, group)
+        for i, comp in enumerate(comps):
+            if comp is not None:
+                work[0][i] = rules.kahan_join(params[i], comp, dtypes[i])
+        self._run(group, work, [grad.to(dtype) for grad, dtype in zip(grads, dtypes)], steps)
+        for i, comp in enumerate(comps):
+            if comp is not None:
+                comp.copy_(rules.kahan_split(work[0][i], comp.dtype)[1])
         for originals, results in zip(kept, work):
             for original, result in zip(originals, results):
                 if result is not original:
                     original.copy_(result)
+
+    def _run(
+        self,
+        group: dict[str, Any],
+        kept: list[list[Tensor]],
+        grads: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        """The rule on parameters and moments (``kept``), each of its gradient's dtype."""
+        fused = group["fused"]
+        copies = [list(tensors) for tensors in kept] if fused else kept
+        grads = list(grads)
+        if fused:
+            _make_strides_agree([*copies, grads])
+        max_exp_avg_sqs = copies[3] if group["amsgrad"] else []
+        tensors = [copies[0], grads, *copies[1:3], max_exp_avg_sqs, steps]
+        if fused:
+            _fused_nestedoptimizer(tensors, group, **self._amp_scaling())
+        elif self._uses_foreach(group, kept[0]):
+            _multi_tensor_nestedoptimizer(tensors, group)
+        else:
+            _single_tensor_nestedoptimizer(tensors, group)
+        if fused:
+            for originals, results in zip(kept, copies):
+                for original, result in zip(originals, results):
+                    if result is not original:
+                        original.copy_(result)
+
+
+_dtype = attrgetter("dtype")
+
+
+def _is_narrow(param: Tensor) -> bool:
+    """Whether additions to this parameter are lost to rounding in ordinary training."""
+    return param.dtype in (torch.bfloat16, torch.float16)
 
 
 def _to_scalar(value: float | Tensor) -> Any:
@@ -210,11 +258,7 @@ def _multi_tensor_nestedoptimizer(tensors: list[list[Tensor]], group: dict[str, 
             )
         if group["maximize"]:
             grads = list(torch._foreach_neg(grads))
-        if steps[0].is_cpu and not torch.compiler.is_compiling():
-            # Wrapped once: a Python number would be wrapped anew for each CPU tensor.
-            torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
-        else:
-            torch._foreach_add_(steps, 1)
+        _count(steps)
 
         if isinstance(weight_decay, Tensor) or weight_decay != 0:
             if group["decoupled"]:
@@ -267,7 +311,7 @@ def _fused_nestedoptimizer(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """torch's fused kernel on the windows' gradients."""
+    """torch's fused kernel on the windows' gradients, where ours does not run."""
     kernel: Any = torch._fused_adamw_ if group["decoupled"] else torch._fused_adam_
     for device, bucket in _buckets(tensors).items():
         lr, scale, inf = (
@@ -275,7 +319,7 @@ def _fused_nestedoptimizer(
             for t in (_to_scalar(group["lr"]), grad_scale, found_inf)
         )
         steps = bucket[-1]
-        torch._foreach_add_(steps, 1)
+        _count(steps)
         kernel(
             *bucket,
             amsgrad=group["amsgrad"],
@@ -292,12 +336,22 @@ def _fused_nestedoptimizer(
             torch._foreach_sub_(steps, [inf] * len(steps))  # type: ignore[list-item]
 
 
+def _count(steps: list[Tensor]) -> None:
+    if steps[0].is_cpu and not torch.compiler.is_compiling():
+        # Wrapped once: a Python number would be wrapped anew for each CPU tensor.
+        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)
+
+
 def _make_strides_agree(lists: list[list[Tensor]]) -> None:
     """Replace the tensors of a parameter by contiguous copies where their strides differ.
 
     torch's fused kernels walk the memory of all of them alike: on a parameter that is a strided
     view, or a gradient laid out in another way, they would pair wrong elements.
     """
+    if all(map(Tensor.is_contiguous, chain.from_iterable(lists))):
+        return
     for i, tensors in enumerate(zip(*lists)):
         if len({t.stride() for t in tensors}) > 1:
             for column, tensor in zip(lists, tensors):
@@ -350,11 +404,19 @@ NestedOptimizer.__doc__ = rf"""AdamW whose parameter groups update at their own 
         state_dtype (torch.dtype or str): dtype of the moments; None means the parameter's. With
             ``torch.float32`` a bfloat16 parameter is updated in float32 and rounded once. Windows
             are float32 or wider in any case (default: None).
+        kahan_sum (bool): keep what rounding takes from a bfloat16 or float16 parameter, in a tensor
+            of its shape and dtype beside it (state ``kahan_comp``), and add it to the next update:
+            small updates then add up instead of vanishing. Wider parameters need none and get none
+            (default: False).
         {_maximize_doc}
         {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits.
         {_capturable_doc} Windows then close on the device.
         {_differentiable_doc}
-        {_fused_doc} Windows add their own pass here.
+        {_fused_doc}
+            Here the default on CUDA is one Triton kernel for all groups, whatever their
+            frequencies; it serves floating-point parameters, and whatever it does not goes through
+            foreach. ``fused=True`` asks for it by name, and on a CPU for torch's kernel, to which
+            windows add their own pass.
         param_groups (iterable): the same as ``params``.
 
     Raises:

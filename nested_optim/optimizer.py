@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import abc
 import difflib
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,23 +22,48 @@ from torch.optim.optimizer import (
     Optimizer,
     _foreach_supported_types,
     _get_scalar_dtype,
-    _get_value,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
     _use_grad_for_differentiable,
 )
 from torch.utils.hooks import RemovableHandle
 
-from . import checkpoint
-from .levels import check_frequency, check_window, divisor, window_closes
-from .tensors import capturing, laid_out_like, local, placements, resolve_dtype
+from . import checkpoint, kernels, windows
+from .fused import FusedSteps, Work, serves
+from .levels import check_frequency, check_window
+from .tensors import capturing, laid_out_like, resolve_dtype
 
 #: what ``torch.optim`` optimizers accept
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-WINDOW_KEYS = ("window_count", "window_sum")
-
 _EXTRA_GROUP_KEYS = frozenset(
     {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale"}
 )
+
+
+def _hooked_when_needed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Run step hooks and the profiler's range as torch does, when there is anything to run.
+
+    torch wraps ``step`` of every optimizer class that is not marked as wrapped; on a GPU its
+    wrapper takes a fifth of the host's time for a step.
+    """
+    with_hooks = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.compiler.is_compiling()
+            or torch.autograd._profiler_enabled()
+        ):
+            return with_hooks(self, closure)
+        return step(self, closure)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]
+    return wrapper
 
 
 class LevelOptimizer(Optimizer, abc.ABC):
@@ -56,6 +82,8 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
     #: State tensors of the parameter's shape that are kept in ``state_dtype``.
     _moment_keys: tuple[str, ...] = ()
+    #: Whether the level-AdamW kernels are this class's rule.
+    _has_kernels = False
 
     def __init__(
         self,
@@ -73,6 +101,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         given_params: Any = params if params is not None else param_groups
         defaults = {**defaults, "meta_step": 0}
         self._meta_update_hooks: OrderedDict[int, tuple[Callable[..., Any], int]] = OrderedDict()
+        self._fused: FusedSteps | None = None
         super().__init__(given_params, {**defaults, **self._check_options(defaults, "")})
         self.register_state_dict_post_hook(_export_groups)
 
@@ -221,7 +250,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
     # ------------------------------------------------------------------ step
 
-    @_use_grad_for_differentiable
+    @_hooked_when_needed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Put the current gradients in their windows and update every parameter whose window
         closes.
@@ -239,19 +268,53 @@ class LevelOptimizer(Optimizer, abc.ABC):
         Raises:
             RuntimeError: a gradient or a parameter that the rule cannot serve. Nothing has changed.
         """
-        self._check_capture()
+        if torch.compiler.is_compiling():
+            return self._step_while_compiling(closure)
+        # As torch's decorator does, which takes ten times as long to say so.
+        grad_mode = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self.defaults["differentiable"])
+        try:
+            return self._step(closure, self._fused_steps())
+        finally:
+            torch._C._set_grad_enabled(grad_mode)
+
+    @_use_grad_for_differentiable
+    def _step_while_compiling(self, closure: Callable[[], Any] | None) -> Any:
+        if self._may_fuse():
+            return self._step_uncompiled(closure)
+        return self._step(closure, None)
+
+    @torch._disable_dynamo
+    def _step_uncompiled(self, closure: Callable[[], Any] | None) -> Any:
+        # The kernels are as fast as what a compiler would make of the rule, and know all phases.
+        return self._step(closure, self._fused_steps())
+
+    def _step(self, closure: Callable[[], Any] | None, fused: FusedSteps | None) -> Any:
+        captured = self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        self._amp_scaling()
-        work = self._gather()
-        probes = checkpoint.find_state_probes(self.state, work)
+        scaling = self._amp_scaling()
+        probes: set[Tensor] = set()
+        real = True
+        if fused is not None and fused.ready(self):
+            work = self._gather(fused.served) if fused.partial else []
+        else:
+            work = self._gather()
+            probes = checkpoint.find_state_probes(self.state, work)
+            real = not probes or any(p not in probes for _, params, _ in work for p in params)
+            if fused is not None:
+                work = fused.build(self, work, probes)
+                fused.find_grads()
+        if fused is not None:
+            if captured:
+                fused.check_capture()
+            fused.launch(captured, **scaling)
         for group, params, grads in work:
-            self._advance(group, params, grads, probes)
-        real = any(p not in probes for _, params, _ in work for p in params)
-        if self._meta_update_hooks and (real or not probes):
+            windows.advance(self, group, params, grads, probes)
+        if self._meta_update_hooks and real:
             self._run_meta_update_hooks()
         return loss
 
@@ -267,23 +330,59 @@ class LevelOptimizer(Optimizer, abc.ABC):
             How many parameters were updated.
         """
         updated = 0
+        fused = self._fused_steps()
+        if fused is not None:
+            if not fused.ready(self):
+                fused.build(self, [], set())
+            updated = fused.flush()
         for group in self.param_groups:
             pending = [p for p in group["params"] if self._pending(p)]
             if pending:
-                self._update(group, pending, self._window_gradients(group, pending))
+                self._update(group, pending, windows.close(self, group, pending))
                 updated += len(pending)
         return updated
 
-    def _check_capture(self) -> None:
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)
-        (check or self._cuda_graph_capture_health_check)()
-        if self._meta_update_hooks and capturing():
+    def upload_options(self) -> None:
+        """Bring the options in ``param_groups`` to where captured CUDA graphs read them.
+
+        ``step()`` does so itself. A graph that holds a step reads learning rate, weight decay,
+        betas, eps and frequency from device memory: after editing them between two replays, call
+        this. Options that are tensors on the device are read by every replay as they are. Where no
+        kernel has tables (on the CPU, or before the first step) there is nothing to bring.
+
+        Raises:
+            RuntimeError: a frequency was raised above 1 for parameters that have no window; step
+                once and capture again.
+        """
+        fused = self._fused_steps()
+        if fused is not None:
+            fused.upload_options(self)
+
+    def _check_capture(self) -> bool:
+        """Whether this step is being captured; raises if it must not be."""
+        captured = capturing()
+        if captured or self._fused is None or self._fused.capturable:
+            check = getattr(self, "_accelerator_graph_capture_health_check", None)
+            (check or self._cuda_graph_capture_health_check)()
+        if captured and self._meta_update_hooks:
             raise RuntimeError(
                 "meta update hooks run on the host and cannot be captured in a CUDA graph: remove "
                 "them, or call step() outside the capture"
             )
+        return captured
 
-    def _gather(self) -> list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]:
+    def _may_fuse(self) -> bool:
+        """Whether this class has kernels, and there may be a device for them."""
+        return self._has_kernels and (torch.cuda.is_initialized() or kernels.interpreted())
+
+    def _fused_steps(self) -> FusedSteps | None:
+        if not self._may_fuse():
+            return None
+        if self._fused is None:
+            self._fused = FusedSteps()
+        return self._fused
+
+    def _gather(self, skip: Container[Tensor] = ()) -> Work:
         """The groups with the parameters that have a gradient, checked before anything changes."""
         work = []
         for at, group in enumerate(self.param_groups):
@@ -291,7 +390,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
             params, grads = [], []
             for i, p in enumerate(group["params"]):
                 grad = p.grad
-                if grad is None:
+                if grad is None or (skip and p in skip):
                     continue
                 if grad.layout is not torch.strided:
                     raise RuntimeError(
@@ -310,129 +409,36 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
     # ------------------------------------------------------------------ windows
 
-    def _begin(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The parameter's state, created or completed."""
+    def _begin(
+        self, param: Tensor, group: dict[str, Any], on_device: bool = False
+    ) -> dict[str, Any]:
+        """The parameter's state, created or completed.
+
+        ``on_device``: its counters live beside it, as they also do with ``capturable=True``.
+        """
         state: dict[str, Any] = self.state[param]
+        on_device = on_device or group["capturable"]
         if "window_count" not in state:
-            on_device = group["capturable"] or group["fused"]
             if "step" not in state:
                 state["step"] = torch.zeros(
                     (),
-                    dtype=_get_scalar_dtype(is_fused=group["fused"]),
-                    device=param.device if on_device else "cpu",
+                    dtype=_get_scalar_dtype(is_fused=on_device or group["fused"]),
+                    device=param.device if on_device or group["fused"] else "cpu",
                 )
             state["window_count"] = torch.zeros(
-                (),
-                dtype=torch.float32,
-                device=param.device if group["capturable"] else "cpu",
+                (), dtype=torch.float32, device=param.device if on_device else "cpu"
             )
             self._init_state(param, group, state)
+        elif not on_device and not state["window_count"].is_cpu:
+            # They come from the kernels; read there, each would be a wait for the device.
+            state["window_count"] = state["window_count"].cpu()
+            if not group["fused"]:
+                state["step"] = state["step"].cpu()
         if group["frequency"] > 1 and "window_sum" not in state:
             state["window_sum"] = torch.zeros_like(
                 param, dtype=self._window_dtype(param, group), memory_format=torch.preserve_format
             )
         return state
-
-    def _advance(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        probes: set[Tensor],
-    ) -> None:
-        """Add one gradient to each window and run the rule on the windows that close."""
-        frequency = group["frequency"]
-        direct: list[tuple[Tensor, Tensor]] = []  # a window of one gradient needs no sum
-        windowed: list[tuple[Tensor, Tensor]] = []
-        for p, grad in zip(params, grads):
-            state = self._begin(p, group)
-            if "window_sum" not in state:
-                direct.append((p, grad))
-            elif p in probes:
-                state["step"] += 1
-            else:
-                windowed.append((p, grad))
-
-        if windowed and (group["capturable"] or torch.compiler.is_compiling()):
-            self._advance_on_device(group, windowed)
-            windowed = []
-
-        opening: list[tuple[Tensor, Tensor]] = []
-        adding: list[tuple[Tensor, Tensor]] = []
-        closing: list[Tensor] = []
-        for p, grad in windowed:
-            state = self.state[p]
-            count = _get_value(state["window_count"]) + 1
-            if count == 1 and frequency == 1:
-                direct.append((p, grad))
-                continue
-            (opening if count == 1 else adding).append((state["window_sum"], grad))
-            state["window_count"].fill_(count)
-            if window_closes(count, frequency):
-                closing.append(p)
-
-        foreach = self._uses_foreach(group, params)
-        _apply(torch._foreach_copy_, Tensor.copy_, opening, foreach)
-        _apply(torch._foreach_add_, Tensor.add_, adding, foreach)
-        due = [p for p, _ in direct] + closing
-        if due:
-            due_grads = [grad for _, grad in direct] + self._window_gradients(group, closing)
-            self._update(group, due, due_grads)
-
-    def _window_gradients(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """What these windows come to; their counts return to 0."""
-        sums = [self.state[p]["window_sum"] for p in params]
-        counts = [float(_get_value(self.state[p]["window_count"])) for p in params]
-        for p in params:
-            self.state[p]["window_count"].zero_()
-        divisors = [divisor(count, group["window"]) for count in counts]
-        if group["differentiable"]:
-            return [total / n if n != 1 else total.clone() for total, n in zip(sums, divisors)]
-        # In place: the sum is spent, and the next window opens by overwriting it.
-        buckets: dict[Any, tuple[list[Tensor], list[float]]] = {}
-        for total, n in zip(sums, divisors):
-            if n == 1:
-                continue
-            bucket = buckets.setdefault((type(total), total.device, total.dtype), ([], []))
-            bucket[0].append(total)
-            bucket[1].append(n)
-        for (kind, _, _), (totals, counts) in buckets.items():
-            if kind in _foreach_supported_types:
-                # On CUDA this divides; div_ by a number would multiply by its reciprocal.
-                torch._foreach_div_(totals, counts)
-            else:
-                for total, n in zip(totals, counts):
-                    total.div_(n)
-        return sums
-
-    def _advance_on_device(
-        self, group: dict[str, Any], windowed: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        """The same where the host must not look at a counter: CUDA graphs and ``torch.compile``.
-
-        The rule runs on every window, and what it did is kept where the window closed.
-        """
-        params, means, closes, before = [], [], [], []
-        for p, grad in windowed:
-            state = self.state[p]
-            for key in ("step", "window_count"):
-                if state[key].device != p.device:
-                    state[key] = state[key].to(p.device)
-            total, count = state["window_sum"], state["window_count"]
-            count.add_(1)
-            local(total).copy_(
-                torch.where(count == 1, local(grad).to(total.dtype), local(total + grad))
-            )
-            params.append(p)
-            means.append(total / count if group["window"] == "mean" else total.clone())
-            closes.append(count >= group["frequency"])
-            kept = [p, *(t for k, t in sorted(state.items()) if k not in WINDOW_KEYS)]
-            before.append([(local(t), local(t).clone()) for t in kept])
-        self._update(group, params, means)
-        for (p, _), close, pairs in zip(windowed, closes, before):
-            for tensor, old in pairs:
-                tensor.copy_(torch.where(close, tensor, old))
-            self.state[p]["window_count"].masked_fill_(close, 0)
 
     def _pending(self, param: Tensor) -> bool:
         state = self.state.get(param, {})
@@ -442,21 +448,29 @@ class LevelOptimizer(Optimizer, abc.ABC):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether ``step`` unscales and skips on the device, as ``torch.amp.GradScaler`` asks.
 
-        Only torch's fused kernel does, and it knows no windows; otherwise the scaler unscales and
-        skips itself, so that neither a window nor a hook sees a step that did not happen.
+        The fused kernels do, if they serve every parameter. torch's do where there is no window.
+        Otherwise the scaler unscales and skips itself, so that neither a window nor a hook sees a
+        step that did not happen.
         """
-        return (
-            not self._meta_update_hooks
-            and all(g["fused"] and g["frequency"] == 1 for g in self.param_groups)
-            and not any(self._pending(p) for g in self.param_groups for p in g["params"])
+        if self._meta_update_hooks:
+            return False
+        fused = self._fused_steps()
+        if fused is not None and fused.serves_all(self):
+            return True
+        return all(g["fused"] and g["frequency"] == 1 for g in self.param_groups) and not any(
+            self._pending(p) for g in self.param_groups for p in g["params"]
         )
 
-    def _amp_scaling(self) -> dict[str, Tensor | None]:
+    def _amp_scaling(self) -> dict[str, Tensor]:
         """``grad_scale`` and ``found_inf`` as the scaler left them on the optimizer."""
-        scaling = {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
-        if any(v is not None for v in scaling.values()) and not self._step_supports_amp_scaling:
+        scaling: dict[str, Tensor] = {
+            key: value
+            for key in ("grad_scale", "found_inf")
+            if (value := getattr(self, key, None)) is not None
+        }
+        if scaling and not self._step_supports_amp_scaling:
             raise RuntimeError(
-                "grad_scale and found_inf are taken by fused=True with frequency 1 only; let "
+                "grad_scale and found_inf are taken by fused kernels only; let "
                 "torch.amp.GradScaler.step() unscale and skip for this optimizer"
             )
         return scaling
@@ -520,6 +534,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         """A state entry of a checkpoint as this optimizer keeps it."""
         if key in ("step", "window_count"):
             on_device = group["capturable"] or (key == "step" and group["fused"])
+            on_device = on_device or (self._has_kernels and serves(group, param))
             dtype = _get_scalar_dtype(is_fused=group["fused"]) if key == "step" else torch.float32
             value = torch.as_tensor(value, dtype=torch.float32 if on_device else dtype)
             return value.to(param.device if on_device else "cpu")
@@ -535,6 +550,9 @@ class LevelOptimizer(Optimizer, abc.ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_meta_update_hooks", OrderedDict())
+        self.__dict__.setdefault("_fused", None)
+        if self._fused is not None:
+            self._fused.forget()
         if _export_groups not in self._optimizer_state_dict_post_hooks.values():  # unpickled
             self.register_state_dict_post_hook(_export_groups)
         for group in self.param_groups:
@@ -547,21 +565,3 @@ def _export_groups(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]
         return state_dict
     groups = [optimizer._export_group(group) for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
-
-
-def _apply(
-    multi: Callable[..., Any],
-    single: Callable[..., Any],
-    pairs: list[tuple[Tensor, Tensor]],
-    foreach: bool,
-) -> None:
-    """In place, ``target <- op(target, source)`` for each pair."""
-    if not pairs:
-        return
-    # DTensors have no _foreach_copy_.
-    if foreach and not (single is Tensor.copy_ and any(map(placements, pairs[0]))):
-        targets, sources = map(list, zip(*pairs))
-        multi(targets, sources)
-    else:
-        for target, source in pairs:
-            single(target, source)

@@ -13,6 +13,11 @@ def placements(tensor: Any) -> Any:
     return getattr(tensor, "placements", None)
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """A DTensor's local shard, which shares its memory; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -5,5 +5,6 @@ torch.
 """
 
 from .adamw import adamw, bias_corrections
+from .kahan import kahan_join, kahan_split
 
-__all__ = ["adamw", "bias_corrections"]
+__all__ = ["adamw", "bias_corrections", "kahan_join", "kahan_split"]
