@@ -12,6 +12,14 @@ SUITES = {
         "benchmarks.demo.cli:demo",
         "AdamW replaced in one line, then three levels, on digits.",
     ),
+    "kernels": (
+        "benchmarks.kernels.cli:kernels",
+        "Time, memory and bandwidth of one step, beside other optimizers.",
+    ),
+    "precision": (
+        "benchmarks.precision:precision",
+        "bfloat16 parameters with and without Kahan sums, on digits.",
+    ),
 }
 
 

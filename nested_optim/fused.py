@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import kernels
 from .kernels.tables import SETTINGS, Entry, LevelTable
@@ -62,16 +63,32 @@ def serves(group: dict[str, Any], param: Tensor) -> bool:
     )
 
 
+class _TensorsDiffer(Exception):
+    """Two tensors that are not the same object were about to be compared."""
+
+
+class _NoComparison(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _TensorsDiffer
+
+
 class _Table:
     """A kernel table with the parameters behind it."""
 
-    def __init__(self, table: LevelTable, params: list[Tensor], grad_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        table: LevelTable,
+        params: list[Tensor],
+        states: list[Tensor],
+        grad_dtype: torch.dtype,
+    ) -> None:
         self.table = table
         self.params = params
         self.plain = not any(map(is_dtensor, params))
         self.grad_dtypes = {grad_dtype}
         shards = [local(p) for p in params]
-        self.addresses = [s.data_ptr() for s in shards]
+        self.states = states
+        self.addresses = [s.data_ptr() for s in chain(shards, self.states)]
         #: As the state is laid out.
         self.strides = [e.exp_avg.stride() for e in table.entries]
         self.contiguous = [e.exp_avg.is_contiguous() for e in table.entries]
@@ -86,8 +103,9 @@ class _Table:
         self.kept: list[Any] = []  # gradients' copies, until they have been used
 
     def moved(self) -> bool:
+        """Whether a parameter or its state has other memory than it had (``p.data = ...``)."""
         shards: Iterable[Tensor] = self.params if self.plain else map(local, self.params)
-        return list(map(Tensor.data_ptr, shards)) != self.addresses
+        return list(map(Tensor.data_ptr, chain(shards, self.states))) != self.addresses
 
     def find_grads(self) -> bool:
         """Note where the gradients are; False if they are not what the table was made for."""
@@ -134,7 +152,7 @@ class FusedSteps:
 
     def __init__(self) -> None:
         self._tables: list[_Table] = []
-        self._params: list[Tensor] = []  # of all groups, in order
+        self._members: list[list[Tensor]] = []  # the parameters of each group
         self._held: list[dict[str, Any]] = []  # the state of all parameters, in order
         self._structure: list[Any] = []
         self._waiting: list[Tensor] = []  # served, but never had a gradient
@@ -158,12 +176,7 @@ class FusedSteps:
         if not self._tables:
             return False
         groups = optimizer.param_groups
-        members = list(map(_params, groups))
-        if sum(map(len, members)) != len(self._params) or any(
-            map(is_not, chain.from_iterable(members), self._params)
-        ):
-            return False
-        if not self._same_state(optimizer):
+        if not self._same_tensors(optimizer):
             return False
         if list(map(_structure, groups)) != self._structure:
             return False
@@ -175,12 +188,16 @@ class FusedSteps:
             t.find_grads() for t in self._tables
         )
 
-    def _same_state(self, optimizer: LevelOptimizer) -> bool:
-        # Dicts compare their values by identity first, so this reads no tensor unless one has been
-        # replaced by another; then the comparison itself fails, or finds a difference.
+    def _same_tensors(self, optimizer: LevelOptimizer) -> bool:
+        # Lists and dicts compare what they hold by identity first. Comparing tensors by value,
+        # which would come next, is refused: it means that one has been replaced.
         try:
-            return list(optimizer.state.values()) == self._held
-        except RuntimeError:
+            with _NoComparison():
+                return (
+                    list(map(_params, optimizer.param_groups)) == self._members
+                    and list(optimizer.state.values()) == self._held
+                )
+        except _TensorsDiffer:
             return False
 
     def _read_settings(self, optimizer: LevelOptimizer) -> bool:
@@ -196,7 +213,7 @@ class FusedSteps:
         from_device: list[tuple[int, int, Tensor]] = []
         for at, group in enumerate(optimizer.param_groups):
             optimizer._check_edits(group, f"{optimizer._group_label(at, group)}: ")
-            if group["frequency"] > 1 and self._windowless[at]:
+            if group["frequency"] > 1 and at < len(self._windowless) and self._windowless[at]:
                 return False
             packed.extend(_pack(group, at, from_device))
         self._on_host = any(
@@ -237,7 +254,7 @@ class FusedSteps:
             windowless = False
             for p in group["params"]:
                 if not serves(group, p):
-                    self.partial |= p.requires_grad
+                    self.partial = True
                     continue
                 if p not in with_grad and not optimizer.state.get(p):
                     self._waiting.append(p)
@@ -264,8 +281,10 @@ class FusedSteps:
         self._tables = []
         for (_, _, grad_dtype, *_), members in sets.items():
             table = LevelTable([e for _, e in members], grad_dtype, len(groups))
-            self._tables.append(_Table(table, [p for p, _ in members], grad_dtype))
-        self._params = list(chain.from_iterable(map(_params, groups)))
+            params = [p for p, _ in members]
+            states = [local(optimizer.state[p]["exp_avg"]) for p in params]
+            self._tables.append(_Table(table, params, states, grad_dtype))
+        self._members = [list(group["params"]) for group in groups]
         self._structure = list(map(_structure, groups))
         self.capturable = any(group["capturable"] for group in groups)
         self._held = [dict(entries) for entries in optimizer.state.values()]
@@ -284,7 +303,7 @@ class FusedSteps:
 
     def forget(self) -> None:
         """Drop the tables: the optimizer's state has been replaced. Captured graphs keep theirs."""
-        self._tables, self._params, self._held = [], [], []
+        self._tables, self._members, self._held = [], [], []
         self.served = set()
 
     def serves_all(self, optimizer: LevelOptimizer) -> bool:
@@ -320,14 +339,19 @@ class FusedSteps:
                 here = {k: x.to(t.table.device, non_blocking=True) for k, x in scaling.items()}
                 self._run(t, grads, **here)
 
+    def _bring_device_values(self, table: LevelTable) -> None:
+        for row, column, value in self._from_device:
+            if row >= table.n_groups:
+                continue
+            table.settings[row, column].copy_(value, non_blocking=True)
+            if column in (2, 3):
+                log = value.to(torch.float64).log()
+                table.settings[row, column + 2].copy_(log, non_blocking=True)
+
     def _run(self, t: _Table, grads: Tensor, **how: Any) -> None:
         from .kernels import level_adamw
 
-        for row, column, value in self._from_device:
-            t.table.settings[row, column].copy_(value, non_blocking=True)
-            if column in (2, 3):
-                log = value.to(torch.float64).log()
-                t.table.settings[row, column + 2].copy_(log, non_blocking=True)
+        self._bring_device_values(t.table)
         for shard, copied in t.staged:
             copied.copy_(shard)
         level_adamw.step(t.table, grads, **how)
@@ -351,14 +375,18 @@ class FusedSteps:
 
     def upload_options(self, optimizer: LevelOptimizer) -> None:
         """Bring the groups' options to the device, where captured graphs read them."""
-        if not self._read_settings(optimizer):
+        captured = [t for _, t in self._captured]
+        tables = list(dict.fromkeys(t.table for t in (*self._tables, *captured)))
+        if tables and not self._read_settings(optimizer):
             raise RuntimeError(
                 "a frequency above 1 needs a window that captured graphs do not have: run step() "
                 "once and capture again"
             )
-        for t in self._tables:
-            with _on(t.table.device):
-                t.table.upload(self._packed)
+        for table in tables:
+            with _on(table.device):
+                # Groups that were added later are not in it.
+                table.upload(self._packed[: table.n_groups * SETTINGS])
+                self._bring_device_values(table)
 
 
 def _pack(group: dict[str, Any], row: int, from_device: list[tuple[int, int, Tensor]]) -> Any:
@@ -400,11 +428,13 @@ def _entry(optimizer: LevelOptimizer, group: dict[str, Any], at: int, param: Ten
     def found(key: str, dtype: torch.dtype, wanted: bool = True) -> Any:
         if not wanted or key not in state:
             return None
+        if state[key].dtype != dtype:
+            state[key] = state[key].to(dtype)
         tensor = local(state[key])
-        if (tensor.stride() != layout and tensor.numel() > 1) or tensor.dtype != dtype:
+        if tensor.stride() != layout and tensor.numel() > 1:
             relaid = torch.empty_strided(shard.shape, layout, dtype=dtype, device=shard.device)
             tensor.set_(relaid.copy_(tensor))  # type: ignore[call-overload]
-        return tensor
+        return tensor.detach()  # which keeps the memory, whatever becomes of the tensor
 
     staged = shard.stride() != layout and shard.numel() > 1
     return Entry(

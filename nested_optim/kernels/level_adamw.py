@@ -134,9 +134,15 @@ def _root(a):
 
 
 @triton.jit
+def _aligned(address, DTYPE: tl.constexpr):
+    """The pointer, known to be a multiple of 16 bytes. What is rounded here already is one."""
+    return tl.multiple_of(_pointer(address // 16 * 16, DTYPE), 16)
+
+
+@triton.jit
 def _load(address, start, lanes, mask, DTYPE: tl.constexpr, FULL: tl.constexpr):
     if FULL:
-        return tl.load(_pointer(address // 16 * 16, DTYPE) + start + lanes)
+        return tl.load(_aligned(address, DTYPE) + start + lanes)
     else:
         return tl.load(_pointer(address, DTYPE) + start + lanes, mask=mask, other=0.0)
 
@@ -144,7 +150,7 @@ def _load(address, start, lanes, mask, DTYPE: tl.constexpr, FULL: tl.constexpr):
 @triton.jit
 def _store(address, start, lanes, mask, value, DTYPE: tl.constexpr, FULL: tl.constexpr):
     if FULL:
-        tl.store(_pointer(address // 16 * 16, DTYPE) + start + lanes, value.to(DTYPE))
+        tl.store(_aligned(address, DTYPE) + start + lanes, value.to(DTYPE))
     else:
         tl.store(_pointer(address, DTYPE) + start + lanes, value.to(DTYPE), mask=mask)
 
@@ -205,7 +211,9 @@ def _apply_chunk(
 
         if WINDOWS:
             grad = _divide(grad, tl.load(order + 2))
-        grad = grad * sign + penalty * param
+        grad *= sign
+        if penalty != 0:
+            grad += penalty * param
         # The two forms of a lerp: exact at either end.
         change = grad - exp_avg
         exp_avg = tl.where(weight1 < 0.5, exp_avg + weight1 * change, grad - change * beta1)

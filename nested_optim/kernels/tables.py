@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -56,6 +57,7 @@ class LevelTable:
         self.entries = list(entries)
         self.device = one.param.device
         self.n_tensors = len(entries)
+        self.n_groups = n_groups
         self.amsgrad = one.max_exp_avg_sq is not None
         self.kahan = one.kahan_comp is not None
         self.windows = any(e.window_sum is not None for e in entries)
@@ -95,7 +97,7 @@ class LevelTable:
             return torch.zeros(0, dtype=dtype, device=self.device)
         host = torch.frombuffer(values, dtype=dtype).clone()
         if self.device.type == "cuda":  # so that the copy waits for nothing
-            host = host.pin_memory(self.device)
+            host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
 
     def settings_differ(self, values: array[float]) -> bool:
@@ -112,11 +114,28 @@ class LevelTable:
             self._values = values
 
 
+# Memory of rings that are gone, with the events behind the last steps that may read it.
+_RETIRED: list[tuple[list[torch.cuda.Event], Tensor]] = []
+# What CUDA graphs read for as long as they live, and nobody knows how long that is.
+_CAPTURED: list[Tensor] = []
+
+
+def _retire(memory: Tensor, device: torch.device) -> None:
+    if torch.cuda.is_current_stream_capturing():  # when events can neither be recorded nor read
+        _CAPTURED.append(memory)
+        return
+    streams = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    events = [stream.record_event() for stream in dict.fromkeys(streams)]
+    _RETIRED[:] = [entry for entry in _RETIRED if not all(e.query() for e in entry[0])]
+    _RETIRED.append((events, memory))
+
+
 class AddressRing:
     """Host memory for the addresses of gradients, which the device reads where it lies.
 
-    A slot is written again when the steps that read it are over. Only a host that is half the ring
-    ahead of the device has to wait for that.
+    A slot is written again when the steps that read it are over; only a host that is half the ring
+    ahead of the device has to wait for that. torch cannot know what reads here, so the memory is
+    given back only when the device is done with it.
     """
 
     SLOTS = 128
@@ -127,6 +146,8 @@ class AddressRing:
         # An even length keeps every slot at a multiple of 16 bytes.
         size = (self.SLOTS + self.SPARE, length + length % 2)
         memory = torch.empty(size, dtype=torch.int64, pin_memory=on_gpu)
+        if on_gpu:
+            weakref.finalize(self, _retire, memory, device).atexit = False
         slots = [slot[:length] for slot in memory.unbind()]
         pairs = [(s, (ctypes.c_int64 * length).from_address(s.data_ptr())) for s in slots]
         self._slots, self._spare = pairs[: self.SLOTS], pairs[self.SLOTS :]
@@ -154,5 +175,6 @@ class AddressRing:
                 "no memory left for another graph: make a new optimizer from its state_dict()"
             )
         slot, view = self._spare.pop()
+        _CAPTURED.append(slot)
         view[:] = addresses  # type: ignore[assignment]
         return slot

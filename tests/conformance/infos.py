@@ -22,7 +22,10 @@ from torch.testing._internal.common_optimizers import (
     optim_inputs_func_adam,
 )
 
-from nested_optim import NestedOptimizer
+from nested_optim import NestedOptimizer, kernels
+
+#: The name under which a class's own kernels count among its functional paths.
+KERNELS = "kernels"
 
 
 class Reference(NamedTuple):
@@ -39,7 +42,10 @@ class Info(OptimizerInfo):
         optim_cls: the class under test.
         references: torch optimizers that it equals to the last bit under the given options.
         shapes: the parameters' shapes.
-        default_path: the functional path a float parameter takes by default, per device type.
+        kernels: the module whose ``step`` launches the class's own kernels; where they run,
+            they are what ``fused=True`` asks for.
+        default_path: the functional path a float parameter takes by default, per device type
+            (default: foreach, but on CUDA the class's kernels).
         functional: module and suffix of `_single_tensor_*`, `_multi_tensor_*`, `_fused_*`
             (default: the class's own module, and its name in lower case).
         wide_state: state keys that are float32 or wider whatever the parameter's dtype.
@@ -57,6 +63,7 @@ class Info(OptimizerInfo):
         *,
         references: tuple[Reference, ...] = (),
         shapes: tuple[tuple[int, ...], ...] = ((10, 5), (10,), (), (3, 2, 4), (0, 3)),
+        kernels: str | None = None,
         default_path: dict[str, str] | None = None,
         functional: tuple[str, str] | None = None,
         wide_state: tuple[str, ...] = ("window_sum",),
@@ -74,7 +81,9 @@ class Info(OptimizerInfo):
         super().__init__(optim_cls, **torch_options)
         self.references = references
         self.shapes = shapes
-        self.default_path = default_path or {"cpu": "_multi_tensor_", "cuda": "_multi_tensor_"}
+        self.kernels = kernels
+        on_cuda = KERNELS if self.has_kernels_on("cuda") else "_multi_tensor_"
+        self.default_path = default_path or {"cpu": "_multi_tensor_", "cuda": on_cuda}
         self.functional = functional or (optim_cls.__module__, optim_cls.__name__.lower())
         self.wide_state = wide_state
         self.counters = counters
@@ -82,6 +91,12 @@ class Info(OptimizerInfo):
         self.unrolled_updates = unrolled_updates
         self.strided = strided
         self.keeps_absent_options = keeps_absent_options
+
+    def has_kernels_on(self, device: str) -> bool:
+        """Whether the class has kernels of its own that run on this type of device."""
+        if self.kernels is None or (device == "cuda" and not torch.cuda.is_available()):
+            return False
+        return kernels.available(torch.device(device))
 
 
 ADAM: OptimizerInfo = next(info for info in optim_db if info.optim_cls is Adam)
@@ -207,6 +222,7 @@ def nested_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerI
 INFOS: list[Info] = [
     Info(
         NestedOptimizer,
+        kernels="nested_optim.kernels.level_adamw",
         optim_inputs_func=explicit(nested_inputs, weight_decay=0.0),
         optim_error_inputs_func=nested_error_inputs,
         references=(Reference(AdamW, {}), Reference(Adam, {"decoupled": False})),
