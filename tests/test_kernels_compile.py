@@ -1,0 +1,68 @@
+"""The fused kernels, compiled for a GPU that need not be there."""
+
+import importlib.util
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+MODULE = "nested_optim.kernels.level_adamw"
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture
+def for_gpus(monkeypatch):
+    """The kernels' module as it is without an interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    origin = importlib.util.find_spec(MODULE).origin
+    spec = importlib.util.spec_from_file_location(MODULE + "_for_gpus", origin)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines_of_ptx(kernel, kinds, constants, warps):
+    try:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        source = ASTSource(kernel, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants)
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except (AttributeError, ImportError, TypeError) as error:
+        pytest.skip(f"this Triton compiles otherwise: {error}")
+    return compiled.asm["ptx"].splitlines()
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    "dtypes, flags",
+    [
+        ((F32, F32, F32, F32), ()),
+        ((BF16, BF16, F32, F32), ("WINDOWS", "KAHAN", "SCALED")),
+        ((F16, F16, F16, F32), ("AMSGRAD", "WINDOWS", "FLUSH")),
+        ((F64, F64, F64, F64), ("WINDOWS",)),
+    ],
+)
+def test_the_update_compiles_to_accesses_of_16_bytes(dtypes, flags, for_gpus):
+    flags = {name: name in flags for name in ("AMSGRAD", "KAHAN", "WINDOWS", "SCALED", "FLUSH")}
+    roles = zip(("PARAM", "GRAD", "MOMENT", "COMPUTE"), map(for_gpus._DTYPES.get, dtypes))
+    constants = {**dict(roles), **flags, "CHUNK": for_gpus.CHUNK}
+    orders = "*fp64" if F64 in dtypes else "*fp32"
+    kinds = {"chunks": "*i32", "rows": "*i64", "orders": orders}
+    lines = lines_of_ptx(for_gpus.apply, kinds, constants, for_gpus.NUM_WARPS)
+    for access in ("ld.global", "st.global"):
+        wide = [line for line in lines if access in line and (".v4." in line or ".v2.b64" in line)]
+        assert len(wide) >= 3  # parameter and two moments
+
+
+@pytest.mark.parametrize("scaled, flush", [(False, False), (True, False), (False, True)])
+def test_the_counters_compile(scaled, flush, for_gpus):
+    constants = {"SCALED": scaled, "FLUSH": flush, "BLOCK": for_gpus.ADVANCE_BLOCK}
+    kinds = {"rows": "*i64", "counters": "*i64", "grads": "*i64", "settings": "*fp64"}
+    kinds |= {"orders": "*fp32", "n_tensors": "i32"}
+    (kinds if scaled else constants).update(
+        dict.fromkeys(("grad_scale", "found_inf"), "*fp32" if scaled else None)
+    )
+    assert any("st.global" in line for line in lines_of_ptx(for_gpus.advance, kinds, constants, 4))
