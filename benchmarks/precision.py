@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from nested_optim import NestedOptimizer
 
 from .demo import report
-from .demo.figure import STYLE
 from .demo.stream import WIDTHS, make_stream
+from .output import STYLE, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LRS = (1e-5, 3e-5, 1e-4, 1e-3)
@@ -189,7 +189,7 @@ def precision(seeds: int, steps: int, out: Path, quick: bool) -> None:
         "results": results,
         "seconds": time.perf_counter() - started,
     }
-    report.write_json(document, out / f"{name}.json")
+    write_json(document, out / f"{name}.json")
     _draw(results, out / f"{name}.png")
     console.print(_table(results))
     console.print(f"{out / name}.json and .png written")

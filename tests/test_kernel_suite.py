@@ -31,6 +31,7 @@ from benchmarks.kernels.contestants import ADAMW, BASELINE, BY_KEY, MIX, OWN, PE
 from benchmarks.kernels.correctness import Check, check
 from benchmarks.kernels.shapes import MODELS, elements, split_evenly
 from benchmarks.kernels.workload import Runner, Workload
+from benchmarks.output import write_json
 from nested_optim import NestedOptimizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -582,7 +583,7 @@ def test_defaults_of_a_cpu_and_of_cuda():
 
 
 def test_no_infinity_reaches_the_json(tmp_path: Path):
-    report.write_json({"a": math.inf, "b": [1.23456789, math.nan]}, tmp_path / "x.json")
+    write_json({"a": math.inf, "b": [1.23456789, math.nan]}, tmp_path / "x.json", digits=6)
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": "inf", "b": [1.23457, "nan"]}
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..output import write_json
 from . import figure, report
 from .analysis import analyse
 from .run import QUICK, Settings, check_identity, grid_size, run_grid
@@ -63,7 +64,7 @@ def run_demo(settings: Settings, out: Path, name: str, console: Console) -> dict
     results["runs"] = report.run_records(runs)
     figure.draw(results, out / f"{name}.png")
     results["seconds"] = time.perf_counter() - started
-    report.write_json(results, out / f"{name}.json")
+    write_json(results, out / f"{name}.json")
 
     report.print_identity(console, identity)
     report.print_levels(console, results)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from ..output import STYLE
 from . import methods
 from .run import READINGS
 
@@ -21,16 +22,6 @@ TIME_COLOURS = {
     "adamw_foreach": "#888888",
     "nested": "#CC79A7",
     "nested_levels": NESTED_COLOUR,
-}
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -202,19 +201,3 @@ def machine() -> dict[str, Any]:
 def run_records(runs: list[Run]) -> list[dict[str, Any]]:
     """R[i][j] of every single run."""
     return [{**asdict(run.job), "test": run.test, "validation": run.validation} for run in runs]
-
-
-def write_json(results: dict[str, Any], path: Path) -> None:
-    text = json.dumps(_rounded(results), indent=1, ensure_ascii=False, allow_nan=False)
-    # Innermost lists on one line: a file that can be read and compared.
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _rounded(value: Any) -> Any:
-    """Nine digits hold a float32 loss exactly, and an accuracy more than exactly."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..output import write_json
 from . import figure, machine, report
 from .contestants import ADAMW, MIX, PEERS, field
 from .run import Settings, measure, own_failures
@@ -92,7 +93,8 @@ def run_kernels(settings: Settings, out: Path, command: str, console: Console) -
         "seconds": time.perf_counter() - started,
     }
     name = file_name(settings)
-    report.write_json(results, out / f"{name}.json")
+    # Six digits are more than any clock here has.
+    write_json(results, out / f"{name}.json", digits=6)
     figure.draw(results, out / f"{name}.png")
     report.print_results(console, results)
     console.print(f"\n{out / name}.json and .png written; {results['seconds']:.0f} s.")

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..output import STYLE
 from .contestants import BASELINE, BY_KEY, MIX_LABEL
 from .report import is_upper_bound, seconds
 from .run import SCALED
@@ -23,16 +24,6 @@ LIMIT_LABELS = {
 CURVE_COLOURS = dict(zip(SCALED, (OWN_COLOUR, BASE_COLOUR, PEER_COLOUR)))
 # Bars longer than this many of the baseline's are cut, or the others could not be compared.
 LONGEST_BAR = 4.0
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -169,21 +165,3 @@ def _point(result: dict[str, Any]) -> str:
     bound = "<= " if is_upper_bound(result) else ""
     host = f", wall {_median(result, 'wall')}" if "wall" in result else ""
     return f"{bound}{_median(result, 'time')}{host}"
-
-
-def write_json(results: dict[str, Any], path: Path) -> None:
-    text = json.dumps(_plain(results), indent=1, ensure_ascii=False, allow_nan=False)
-    # Innermost lists on one line: a file that can be read and compared.
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Six digits are more than any clock here has; JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    return value
