@@ -231,7 +231,7 @@ class FusedSteps:
         if capturing() and any(serves(g, p) for g, params, _ in work for p in params):
             raise RuntimeError(
                 "a CUDA graph capture needs the tables of an earlier step: run step() on these "
-                "parameters and this stream of gradients before the capture"
+                "parameters before the capture"
             )
         left: Work = []
         with_grad: dict[Tensor, torch.dtype] = {}
@@ -309,7 +309,11 @@ class FusedSteps:
     def serves_all(self, optimizer: LevelOptimizer) -> bool:
         """Whether no parameter is left to another path."""
         groups = optimizer.param_groups
-        if self._tables and list(map(_structure, groups)) == self._structure:
+        if (
+            self._tables
+            and list(map(_structure, groups)) == self._structure
+            and self._same_tensors(optimizer)
+        ):
             return not self.partial
         return all(serves(group, p) for group in groups for p in group["params"])
 

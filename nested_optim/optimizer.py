@@ -309,11 +309,6 @@ class LevelOptimizer(Optimizer, abc.ABC):
         if fused is not None and not ready:
             work = fused.build(self, work, probes)
             fused.find_grads()
-            if scaling and not all(group["fused"] for group, _, _ in work):
-                raise RuntimeError(
-                    "parameters that no fused kernel serves have joined since the scaler asked "
-                    "whether this optimizer unscales: skip this step, the next will be right"
-                )
         if fused is not None:
             if captured:
                 fused.check_capture()

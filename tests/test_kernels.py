@@ -591,3 +591,22 @@ def test_a_frequency_is_not_uploaded_to_where_there_are_no_windows():
     with pytest.raises(RuntimeError, match="run step"):
         twins.kernels.upload_options()
     twins.train(range(1, 5))
+
+
+def test_a_parameter_that_no_kernel_serves_ends_unscaling_on_the_device():
+    class Odd(Parameter):
+        pass
+
+    served = make_params((3,))
+    optimizer = NestedOptimizer(served, frequency=2, fused=True)
+    step_with(optimizer, served, gradients(served, 0))
+    assert optimizer._step_supports_amp_scaling
+    odd = Odd(torch.ones(3))
+    odd.grad = torch.ones(3)
+    optimizer.param_groups[0]["params"][0] = odd
+    assert not optimizer._step_supports_amp_scaling
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    with pytest.raises(RuntimeError, match="taken by fused kernels only"):
+        optimizer.step()
+    assert odd not in optimizer.state
+    assert torch.equal(odd.detach(), torch.ones(3))
