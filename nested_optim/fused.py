@@ -52,6 +52,8 @@ def serves(group: dict[str, Any], param: Tensor) -> bool:
         return False
     if group["fused"] is False or group["differentiable"]:
         return False
+    if group.get("algorithm", "adamw") != "adamw":
+        return False
     if not (type(param) in (Tensor, torch.nn.Parameter) or is_dtensor(param)):
         return False
     device = param.device

@@ -31,7 +31,7 @@ def advance(
 ) -> None:
     """Add one gradient to each window and run the rule on the windows that close.
 
-    ``probes`` only get state, and a step count where they have a window.
+    ``probes`` only get state and a step count.
     """
     frequency = group["frequency"]
     direct: list[tuple[Tensor, Tensor]] = []  # a window of one gradient needs no sum
@@ -41,10 +41,10 @@ def advance(
         state = optimizer.state[p]
         if "window_count" not in state or state["window_count"].is_cpu != on_host or frequency > 1:
             state = optimizer._begin(p, group)
-        if "window_sum" not in state:
-            direct.append((p, grad))
-        elif p in probes:
+        if p in probes:  # whatever a rule counts beside its updates must not count this one
             state["step"] += 1
+        elif "window_sum" not in state:
+            direct.append((p, grad))
         else:
             windowed.append((p, grad))
 
