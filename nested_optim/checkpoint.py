@@ -58,20 +58,21 @@ def load(optimizer: LevelOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
             state[key] = entries
             continue
         param, group, label = owners[key]
-        shaped = (*optimizer._moment_keys, "window_sum")
+        shapes = {name: optimizer._state_shape(param, group, name) for name in entries}
         # torch.distributed.checkpoint leaves an empty dict where a flattened one has no tensor.
-        entries = {k: v for k, v in entries.items() if k not in shaped or isinstance(v, Tensor)}
+        entries = {k: v for k, v in entries.items() if shapes[k] is None or isinstance(v, Tensor)}
         if "window_sum" not in entries and float(entries.get("window_count", 0)) > 0:
             raise ValueError(
                 f"checkpoint's window of {label} holds gradients, but its 'window_sum' is missing: "
                 "give the group the checkpoint's frequency before loading, and change it after"
             )
         for name, value in entries.items():
-            if name in shaped and value.shape != param.shape:
+            shape = shapes[name]
+            if shape is not None and tuple(value.shape) != shape:
                 raise ValueError(
-                    f"checkpoint's {name!r} of {label} has shape {tuple(value.shape)}, the "
-                    f"parameter {tuple(param.shape)}: the checkpoint belongs to another model, or "
-                    "to the same parameters in another order"
+                    f"checkpoint's {name!r} of {label} has shape {tuple(value.shape)}, where this "
+                    f"parameter needs {shape}: the checkpoint belongs to another model, or to the "
+                    "same parameters in another order"
                 )
             state[param][name] = optimizer._load_tensor(param, group, name, value)
 

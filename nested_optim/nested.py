@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 
 from . import rules
 from .optimizer import LevelOptimizer, ParamsT
-from .tensors import resolve_dtype
+from .tensors import resolve_dtype, to_scalar
 
 
 class NestedOptimizer(LevelOptimizer):
@@ -65,7 +65,7 @@ class NestedOptimizer(LevelOptimizer):
         }
         super().__init__(params, defaults, param_groups=param_groups)
 
-    _moment_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _moment_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _has_kernels = True
 
     def _check_options(self, options: dict[str, Any], where: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class NestedOptimizer(LevelOptimizer):
                 if beta.numel() != 1:
                     raise ValueError(f"{where}Tensor betas[{i}] must be 1-element")
         canonical["betas"] = tuple(
-            _to_scalar(b) if isinstance(b, Tensor) else float(b) for b in betas
+            to_scalar(b) if isinstance(b, Tensor) else float(b) for b in betas
         )
         if options["kahan_sum"] and options["differentiable"]:
             raise RuntimeError(
@@ -208,11 +208,6 @@ def _is_narrow(param: Tensor) -> bool:
     return param.dtype in (torch.bfloat16, torch.float16)
 
 
-def _to_scalar(value: float | Tensor) -> Any:
-    """A tensor of one element as a 0-d tensor; a number as it is."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
-
-
 # Each path below takes the lists [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs (empty
 # without amsgrad), steps] and updates all but the gradients in place.
 
@@ -231,7 +226,7 @@ def _single_tensor_nestedoptimizer(tensors: list[list[Tensor]], group: dict[str,
             grads[i],
             *old[1:],
             step=step.clone() if as_tensor else _get_value(step),
-            lr=_to_scalar(group["lr"]),
+            lr=to_scalar(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
@@ -244,7 +239,7 @@ def _single_tensor_nestedoptimizer(tensors: list[list[Tensor]], group: dict[str,
 
 def _multi_tensor_nestedoptimizer(tensors: list[list[Tensor]], group: dict[str, Any]) -> None:
     """The rule on lists of tensors, in the operations and order of torch's foreach AdamW."""
-    lr, eps, weight_decay = _to_scalar(group["lr"]), group["eps"], group["weight_decay"]
+    lr, eps, weight_decay = to_scalar(group["lr"]), group["eps"], group["weight_decay"]
     beta1, beta2 = group["betas"]
     for bucket in _buckets(tensors).values():
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = bucket
@@ -316,7 +311,7 @@ def _fused_nestedoptimizer(
     for device, bucket in _buckets(tensors).items():
         lr, scale, inf = (
             t.to(device[0]) if isinstance(t, Tensor) and not t.is_cpu else t
-            for t in (_to_scalar(group["lr"]), grad_scale, found_inf)
+            for t in (to_scalar(group["lr"]), grad_scale, found_inf)
         )
         steps = bucket[-1]
         _count(steps)

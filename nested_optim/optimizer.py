@@ -82,6 +82,10 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
     #: State tensors of the parameter's shape that are kept in ``state_dtype``.
     _moment_keys: tuple[str, ...] = ()
+    #: State tensors of the parameter's shape that are kept as wide as windows.
+    _wide_keys: tuple[str, ...] = ("window_sum",)
+    #: State that counts: numbers in float32, beside the parameter where a host must not look.
+    _counter_keys: tuple[str, ...] = ("step", "window_count")
     #: Whether the level-AdamW kernels are this class's rule.
     _has_kernels = False
 
@@ -536,9 +540,15 @@ class LevelOptimizer(Optimizer, abc.ABC):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _state_shape(
+        self, param: Tensor, group: dict[str, Any], key: str
+    ) -> tuple[int, ...] | None:
+        """The shape that this state tensor must have; None where any will do."""
+        return tuple(param.shape) if key in (*self._moment_keys, *self._wide_keys) else None
+
     def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
         """A state entry of a checkpoint as this optimizer keeps it."""
-        if key in ("step", "window_count"):
+        if key in self._counter_keys:
             on_device = group["capturable"] or (key == "step" and group["fused"])
             on_device = on_device or (self._has_kernels and serves(group, param))
             dtype = _get_scalar_dtype(is_fused=group["fused"]) if key == "step" else torch.float32
@@ -547,7 +557,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         if not isinstance(value, Tensor):
             return value
         value = laid_out_like(value, param)
-        if key == "window_sum":
+        if key in self._wide_keys:
             return value.to(device=param.device, dtype=self._window_dtype(param, group))
         if key in self._moment_keys:
             return value.to(device=param.device, dtype=self._state_dtype(param, group))

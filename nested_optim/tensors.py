@@ -1,4 +1,4 @@
-"""Layouts of DTensors (FSDP2, tensor parallelism), names of dtypes, CUDA graph captures."""
+"""Small things about tensors: layouts of DTensors, names of dtypes, CUDA graph captures."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def resolve_dtype(name: str | torch.dtype, where: str = "") -> torch.dtype:
             "torch.float32, or None for the parameter's own"
         )
     return dtype
+
+
+def to_scalar(value: Any) -> Any:
+    """A tensor of one element as a 0-d tensor; a number as it is."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def capturing() -> bool:

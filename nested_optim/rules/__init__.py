@@ -6,5 +6,22 @@ torch.
 
 from .adamw import adamw, bias_corrections
 from .kahan import kahan_join, kahan_split
+from .m3 import ADJUST_LR, lr_factor, m3, m3_direction, m3_momenta, m3_paper
+from .matrix_form import MatrixForm
+from .newton_schulz import newton_schulz, ns_schedule
 
-__all__ = ["adamw", "bias_corrections", "kahan_join", "kahan_split"]
+__all__ = [
+    "ADJUST_LR",
+    "MatrixForm",
+    "adamw",
+    "bias_corrections",
+    "kahan_join",
+    "kahan_split",
+    "lr_factor",
+    "m3",
+    "m3_direction",
+    "m3_momenta",
+    "m3_paper",
+    "newton_schulz",
+    "ns_schedule",
+]

@@ -22,7 +22,7 @@ from torch.testing._internal.common_optimizers import (
     optim_inputs_func_adam,
 )
 
-from nested_optim import NestedOptimizer, kernels
+from nested_optim import M3, NestedOptimizer, kernels
 
 #: The name under which a class's own kernels count among its functional paths.
 KERNELS = "kernels"
@@ -54,6 +54,9 @@ class Info(OptimizerInfo):
         unrolled_updates: how many updates in a row autograd can go back through.
         strided: implementations that serve parameters and gradients with gaps in memory.
         keeps_absent_options: a checkpoint that lacks an option leaves the live value alone.
+        matrices_only: parameters must have rows and columns, of real numbers.
+        exact_foreach: foreach on a CPU gives the for-loop's bits.
+        updates_from_four: updates at lr 0.1 that take p from 4 to less than 1.
         torch_options: what `OptimizerInfo` takes.
     """
 
@@ -72,6 +75,9 @@ class Info(OptimizerInfo):
         unrolled_updates: int = 2,
         strided: tuple[str, ...] = ("forloop", "foreach", "fused"),
         keeps_absent_options: bool = True,
+        matrices_only: bool = False,
+        exact_foreach: bool = True,
+        updates_from_four: int = 100,
         **torch_options: Any,
     ) -> None:
         torch_options.setdefault("scheduler_inputs", ADAM.scheduler_inputs)
@@ -91,6 +97,17 @@ class Info(OptimizerInfo):
         self.unrolled_updates = unrolled_updates
         self.strided = strided
         self.keeps_absent_options = keeps_absent_options
+        self.matrices_only = matrices_only
+        self.exact_foreach = exact_foreach
+        self.updates_from_four = updates_from_four
+
+    def vector(self, *shape: int) -> tuple[int, ...]:
+        """This shape, or if the class must have matrices one that holds as many numbers."""
+        return (*shape, 1) if self.matrices_only and len(shape) < 2 else shape
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether the class takes parameters of this dtype."""
+        return not (self.matrices_only and dtype.is_complex)
 
     def has_kernels_on(self, device: str) -> bool:
         """Whether the class has kernels of its own that run on this type of device."""
@@ -219,6 +236,40 @@ def nested_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerI
     ]
 
 
+class M3WithoutMatrices(M3):
+    """M3 whose groups follow AdamW's rule unless they say otherwise."""
+
+    def __init__(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(params, *args, **{"algorithm": "adamw", **kwargs})
+
+
+def m3_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    half = {"eps": 1e-4} if dtype == torch.float16 else {}
+    inputs = [
+        options("default", **half),
+        options("no slow momentum", alpha=0.0, weight_decay=0.1, **half),
+        options("row", second_moment="row", slow_frequency=2, alpha=0.5, maximize=True, **half),
+        options("element", second_moment="element", slow_frequency=2, nesterov=False, **half),
+        options("polar express, spectral", ns_coefficients="polar_express", adjust_lr="spectral"),
+        options("mean of 2, chunks of 2", frequency=2, slow_frequency=2, weight_decay=0.1),
+        options("sum of 2", frequency=2, window="sum", ns_steps=3, adjust_lr=None),
+        options("float32 state", state_dtype=torch.float32, slow_frequency=1),
+    ]
+    if torch.device(device).type == "cuda":
+        inputs.append(options("capturable", capturable=True, slow_frequency=2, lr=0.01))
+    return inputs
+
+
+def m3_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    vector = torch.nn.Parameter(torch.ones(3, device=device, dtype=dtype))
+    return [
+        *(e for e in level_error_inputs(device, dtype) if e.optimizer_error_input.params is None),
+        bad("two betas", ValueError, "Invalid betas.*takes three", betas=(0.9, 0.99)),
+        bad("beta3 of 1", ValueError, "parameter at index 2: 1.0", betas=(0.9, 0.9, 1.0)),
+        bad("a vector", ValueError, "no rows and columns.*matrix_groups", params=[vector]),
+    ]
+
+
 INFOS: list[Info] = [
     Info(
         NestedOptimizer,
@@ -226,6 +277,29 @@ INFOS: list[Info] = [
         optim_inputs_func=explicit(nested_inputs, weight_decay=0.0),
         optim_error_inputs_func=nested_error_inputs,
         references=(Reference(AdamW, {}), Reference(Adam, {"decoupled": False})),
+        differentiable_options=("lr", "weight_decay", "betas"),
+    ),
+    Info(
+        M3,
+        optim_inputs_func=explicit(m3_inputs, weight_decay=0.0),
+        optim_error_inputs_func=m3_error_inputs,
+        shapes=((10, 5), (5, 10), (1, 6), (6, 1), (4, 4), (0, 3)),
+        supported_impls=("foreach", "differentiable"),
+        supports_fused_on=(),
+        default_path={"cpu": "_multi_tensor_", "cuda": "_multi_tensor_"},
+        wide_state=("window_sum", "slow_momentum_buffer", "second_moment", "slow_update"),
+        counters=("step", "window_count", "slow_count"),
+        matrices_only=True,
+        exact_foreach=False,
+        updates_from_four=400,
+    ),
+    Info(
+        M3WithoutMatrices,
+        kernels="nested_optim.kernels.level_adamw",
+        optim_inputs_func=explicit(nested_inputs, weight_decay=0.0),
+        optim_error_inputs_func=nested_error_inputs,
+        references=(Reference(AdamW, {}),),
+        functional=("nested_optim.nested", "nestedoptimizer"),
         differentiable_options=("lr", "weight_decay", "betas"),
     ),
     # The suite's own check: what torch's optimizer fails is no conformance.

@@ -110,9 +110,9 @@ def test_parameters_that_torch_refuses_are_refused(case: Case) -> None:
     with pytest.raises(TypeError, match="param_group must be a dict"):
         optimizer.add_param_group([p])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": [Parameter(torch.ones(1)), p]})
+        optimizer.add_param_group({"params": [Parameter(torch.ones(1, 1)), p]})
     with pytest.raises(ValueError, match="with/without names"):
-        optimizer.add_param_group({"params": [("q", Parameter(torch.ones(1)))]})
+        optimizer.add_param_group({"params": [("q", Parameter(torch.ones(1, 1)))]})
     assert [group["params"] for group in optimizer.param_groups] == [[p]]
 
 

@@ -40,6 +40,7 @@ def each_case_and_dtype(path: str, *dtypes: torch.dtype) -> pytest.MarkDecorator
         pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
         for dtype in dtypes
         for case in cases(path, dtype=dtype)
+        if case.info.serves(dtype)
     ]
     return pytest.mark.parametrize(("case", "dtype"), chosen)
 
@@ -73,7 +74,9 @@ def meaningful(state: dict[str, Any]) -> list[Any]:
 @each_case_and_dtype("foreach", torch.float32, torch.float64, torch.bfloat16, torch.complex64)
 def test_foreach_does_what_the_loop_does(case: Case, dtype: torch.dtype) -> None:
     tolerance = {}
-    if case.device == "cpu" and not dtype.is_complex:
+    if not case.info.exact_foreach:
+        tolerance = {"rtol": 1 / 64, "atol": 1e-2} if dtype in HALVES else {}
+    elif case.device == "cpu" and not dtype.is_complex:
         tolerance = {"rtol": 0.0, "atol": 0.0}
     elif dtype in HALVES and case.device == "cuda":
         # With tensor betas foreach rounds (1 - beta2) * gradient once more, in torch's as in ours.
@@ -133,7 +136,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], set[str]]:
             monkeypatch.setattr(module, name, signing)
 
         for prefix in PREFIXES:
-            watched(module_name, prefix + suffix, prefix)
+            if prefix != "_fused_" or "fused" in case.info.supported_impls:
+                watched(module_name, prefix + suffix, prefix)
         if case.info.kernels and case.info.has_kernels_on(case.device):
             watched(case.info.kernels, "step", KERNELS)
         return seen
@@ -173,6 +177,7 @@ MIXED = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.comp
 def mixed_params(case: Case) -> list[Parameter]:
     """Parameters of several dtypes in turn; fused serves real ones only."""
     dtypes = MIXED[:-1] if case.path == "fused" else MIXED
+    dtypes = tuple(filter(case.info.serves, dtypes))
     per_dtype = [case.params(dtype, seed=i) for i, dtype in enumerate(dtypes)]
     return [p for same_shape in zip(*per_dtype, strict=True) for p in same_shape]
 
@@ -234,7 +239,11 @@ def test_the_default_dtype_does_not_matter(case: Case, request: pytest.FixtureRe
         assert_same([p.detach() for p in params], [p.detach() for p in expected])
 
 
-@each_case("forloop", "foreach", "differentiable")
+def takes_complex_numbers(case: Case) -> bool:
+    return case.info.serves(torch.complex64)
+
+
+@each_case("forloop", "foreach", "differentiable", where=takes_complex_numbers)
 def test_complex_parameters_train_as_pairs_of_real_ones(case: Case) -> None:
     numbers = case.params(torch.complex64)
     pairs = [Parameter(torch.view_as_real(p.detach()).clone(), p.requires_grad) for p in numbers]
@@ -254,7 +263,7 @@ def test_complex_parameters_train_as_pairs_of_real_ones(case: Case) -> None:
                 torch.testing.assert_close(as_real, real_state[key])
 
 
-@each_case("forloop", "foreach")
+@each_case("forloop", "foreach", where=takes_complex_numbers)
 def test_a_complex_parameter_trains_as_its_real_and_imaginary_parts(case: Case) -> None:
     def valley(z: Tensor) -> Tensor:
         x, y = z.abs()
@@ -390,8 +399,9 @@ def test_gradients_flow_through_steps_to_all_that_went_in(case: Case) -> None:
         for key in case.info.differentiable_options
         for value in values[key]
     ]
-    start = seeded((3,), 0, torch.float64, case.device)
-    grads = [seeded((3,), 1 + i, torch.float64, case.device) for i in range(steps)]
+    shape = case.info.vector(3)
+    start = seeded(shape, 0, torch.float64, case.device)
+    grads = [seeded(shape, 1 + i, torch.float64, case.device) for i in range(steps)]
     inputs = [t.requires_grad_() for t in (start, *options, *grads)]
     assert torch.autograd.gradcheck(unrolled, inputs)
     # Every one of them has a say in where the parameter ends.
@@ -405,7 +415,7 @@ def test_foreach_needs_room_for_one_copy_of_the_parameters(case: Case) -> None:
     size = 4 * 2**20
     peaks = {}
     for foreach in (False, True):
-        params = [Parameter(torch.zeros(2**20, device="cuda")) for _ in range(8)]
+        params = [Parameter(torch.zeros(2**10, 2**10, device="cuda")) for _ in range(8)]
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer = case.build(params, foreach=foreach)

@@ -34,21 +34,22 @@ Schedulers = tuple[Any, ...]
 
 
 def regression(
-    device: str, contiguous: bool = True
+    case: Case, contiguous: bool = True
 ) -> tuple[list[Parameter], Callable[[Optimizer], Tensor]]:
     """A weight and a bias, and the closure that fits them to send one input to zero."""
     if contiguous:
-        weight = Parameter(seeded((10, 5), 0, torch.float32, device))
-        bias = Parameter(seeded((10,), 1, torch.float32, device))
+        weight = Parameter(seeded((10, 5), 0, torch.float32, case.device))
+        bias = Parameter(seeded(case.info.vector(10), 1, torch.float32, case.device))
     else:
-        weight = Parameter(seeded((10, 5, 2), 0, torch.float32, device)[..., 0])
-        bias = Parameter(seeded((10, 2), 1, torch.float32, device)[..., 0])
+        weight = Parameter(seeded((10, 5, 2), 0, torch.float32, case.device)[..., 0])
+        shape = case.info.vector(10)
+        bias = Parameter(seeded((*shape, 2), 1, torch.float32, case.device)[..., 0])
     assert weight.is_contiguous() == bias.is_contiguous() == contiguous
-    given = seeded((5,), 2, torch.float32, device)
+    given = seeded((5,), 2, torch.float32, case.device)
 
     def closure(optimizer: Optimizer) -> Tensor:
         optimizer.zero_grad()
-        loss = (weight.mv(given) + bias).square().sum()
+        loss = (weight.mv(given) + bias.flatten()).square().sum()
         loss.backward()
         return loss
 
@@ -78,12 +79,12 @@ def assert_right_direction(
 
 @each_case(*TRAINABLE)
 def test_the_loss_goes_the_right_way(case: Case) -> None:
-    assert_right_direction(case, *regression(case.device))
+    assert_right_direction(case, *regression(case))
 
 
 @each_case(*TRAINABLE, where=lambda case: case.path in case.info.strided)
 def test_the_loss_goes_the_right_way_on_strided_parameters(case: Case) -> None:
-    assert_right_direction(case, *regression(case.device, contiguous=False))
+    assert_right_direction(case, *regression(case, contiguous=False))
 
 
 def each_schedule(where: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
@@ -99,7 +100,7 @@ def each_schedule(where: Callable[[Case], bool] = lambda case: True) -> pytest.M
 
 @each_schedule()
 def test_the_loss_goes_the_right_way_under_schedulers(case: Case, makers: Schedulers) -> None:
-    (weight, bias), closure = regression(case.device)
+    (weight, bias), closure = regression(case)
     groups = [{"params": [weight]}, {"params": [bias], "lr": 0.01}]
     assert_right_direction(case, groups, closure, makers)
 
@@ -351,11 +352,12 @@ def test_zero_grad_drops_gradients_or_fills_them_with_zeros(case: Case) -> None:
 
 @each_case(*EVERY)
 def test_p_squared_descends_from_four(case: Case) -> None:
-    p = Parameter(torch.tensor([4.0], device=case.device), requires_grad=False)
+    start = torch.full(case.info.vector(1), 4.0, device=case.device)
+    p = Parameter(start, requires_grad=False)
     optimizer = case.build([p], lr=0.1)
     sign = -1.0 if case.kwargs.get("maximize") else 1.0  # of the gradient of p**2, uphill
     trace = []
-    for _ in range(100):
+    for _ in range(case.info.updates_from_four):
         for _ in range(case.frequency):
             p.grad = sign * 2 * p.detach()
             optimizer.step()

@@ -1,0 +1,212 @@
+"""How M3's rule is carried out on lists of parameters: tensor by tensor, or matrices of one shape
+together.
+
+Each path takes parameters (of the dtype that the rule works in), their gradients and states and
+updates parameters and states in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_value
+
+from . import rules
+from .orthogonalize import ns_dtype_for, orthogonal_batches
+from .rules import MatrixForm
+from .tensors import is_dtensor, laid_out_like, resolve_dtype, to_scalar, whole
+
+
+def matrix_form(group: dict[str, Any]) -> MatrixForm:
+    """How the group's parameters are read as matrices."""
+    return MatrixForm(group["flatten"], group["out_dim"], group["split_sizes"], group["num_heads"])
+
+
+def ns_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    """The dtype of the parameter's orthogonalised momenta."""
+    name = group["ns_dtype"]
+    if group["mode"] == "paper" and name is None:
+        return torch.promote_types(param.dtype, torch.float32)
+    return ns_dtype_for(param, resolve_dtype(name) if name is not None else None)
+
+
+def reads_in_place(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the parameter's matrices are views of its own memory, on this device."""
+    if is_dtensor(param):
+        return False
+    return param.ndim == 2 or group["flatten"] is False or param.is_contiguous()
+
+
+_OPTIONS = ("betas", "alpha", "slow_frequency", "eps", "weight_decay", "maximize")
+
+
+class _Gathered(MatrixForm):
+    """The form of a sharded parameter: every rank puts its matrices together and does all of it."""
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        return super().split(whole(tensor))
+
+
+def _single_tensor_m3(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """The rule itself, tensor by tensor."""
+    schedule = rules.ns_schedule(group["ns_coefficients"], group["ns_steps"])
+    for param, grad, state in zip(params, grads, states):
+        form = matrix_form(group)
+        if is_dtensor(param):
+            form = _Gathered(form.flatten, form.out_dim, form.split_sizes, form.num_heads)
+        keys = ["momentum_buffer", "slow_momentum_buffer", "slow_update", "second_moment"]
+        slow = bool(group["alpha"]) or group["mode"] == "paper"
+        used = [True, slow, slow, group["second_moment"] is not None]
+        kept: list[Any] = [param]
+        kept += [state[key] if use else None for key, use in zip(keys, used)]
+        # Autograd must find the old values unharmed when it comes back.
+        old = [t.clone() if t is not None and group["differentiable"] else t for t in kept]
+        old[1] = old[1].to(param.dtype)
+        options: dict[str, Any] = {key: group[key] for key in _OPTIONS}
+        options |= {"lr": to_scalar(group["lr"]), "schedule": schedule, "form": form}
+        options["ns_dtype"] = ns_dtype(param, group)
+        position: Any = 0
+        if slow:
+            count = state["slow_count"]
+            position = count.clone() if group["capturable"] else int(_get_value(count))
+            _advance_chunk(state, group)
+        if group["mode"] == "paper":
+            new: Any = rules.m3_paper(old[0], grad, *old[1:], position=position, **options)
+        else:
+            options |= {key: group[key] for key in ("adjust_lr", "nesterov")}
+            new = rules.m3(old[0], grad, *old[1:], position=position, **options)
+        for tensor, result in zip(kept, new):
+            if tensor is not None and result is not tensor:
+                tensor.copy_(laid_out_like(result, tensor) if is_dtensor(tensor) else whole(result))
+
+
+def _advance_chunk(state: dict[str, Any], group: dict[str, Any]) -> Any:
+    """Count one update in the running chunk; whether that ends it (a tensor with capturable)."""
+    count = state["slow_count"]
+    if group["capturable"]:
+        count.add_(1)
+        ends = count >= group["slow_frequency"]
+        count.masked_fill_(ends, 0)
+        return ends
+    value = int(_get_value(count)) + 1
+    ends = value >= group["slow_frequency"]
+    count.fill_(0 if ends else value)
+    return ends
+
+
+def _multi_tensor_m3(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+) -> None:
+    """The rule on lists of tensors, matrices of one shape together."""
+    lr, weight_decay = to_scalar(group["lr"]), group["weight_decay"]
+    beta1, beta2, beta3 = group["betas"]
+    alpha, form = group["alpha"], matrix_form(group)
+    for (_, dtype), (bucket, grads_, order) in _split(params, grads).items():
+        held = [states[i] for i in order]
+        momenta = [state["momentum_buffer"] for state in held]
+        if group["maximize"]:
+            grads_ = list(torch._foreach_neg(grads_))
+        if isinstance(weight_decay, Tensor) or weight_decay != 0:
+            torch._foreach_mul_(bucket, 1 - lr * weight_decay)
+        wide = momenta
+        if any(m.dtype != dtype for m in momenta):
+            wide = [m.to(dtype) for m in momenta]
+        torch._foreach_lerp_(wide, grads_, 1 - beta1)
+        if wide is not momenta:
+            torch._foreach_copy_(momenta, wide)
+        ahead = list(torch._foreach_lerp(grads_, wide, beta1)) if group["nesterov"] else wide
+
+        ends: list[Any] = [False] * len(bucket)
+        if alpha:
+            slow = [state["slow_momentum_buffer"] for state in held]
+            if group["capturable"]:
+                opens = [state["slow_count"] == 0 for state in held]
+                torch._foreach_mul_(slow, [torch.where(x, beta3, 1.0).to(slow[0]) for x in opens])
+            elif opening := [m for m, s in zip(slow, held) if _get_value(s["slow_count"]) == 0]:
+                torch._foreach_mul_(opening, beta3)
+            share = (1 - beta3) / group["slow_frequency"]
+            torch._foreach_add_(slow, [g.to(slow[0].dtype) for g in grads_], alpha=share)
+            ends = [_advance_chunk(state, group) for state in held]
+
+        matrices: list[Tensor] = []
+        places: list[tuple[int, int, bool]] = []  # parameter, which of its matrices, of M2
+        for k, tensor in enumerate(ahead):
+            matrices += form.split(tensor)
+            places += [(k, j, False) for j in range(len(matrices) - len(places))]
+        for k, end in enumerate(ends):
+            if isinstance(end, Tensor) or end:
+                matrices += form.split(slow[k])
+                places += [(k, j, True) for j in range(len(matrices) - len(places))]
+        work = torch.promote_types(dtype, torch.float32)
+
+        def pieces(tensors: Iterable[Tensor], of: list[tuple[int, int, bool]]) -> list[Tensor]:
+            split = list(map(form.split, tensors))
+            return [split[k][j] for k, j, _ in of]
+
+        for batch in orthogonal_batches(
+            matrices,
+            rules.ns_schedule(group["ns_coefficients"], group["ns_steps"]),
+            eps=group["eps"],
+            dtype=ns_dtype(bucket[0], group),
+            max_batch_bytes=group["max_batch_bytes"],
+        ):
+            of = [places[i] for i in batch.indices]
+            parts = list(batch.result.split(batch.counts))
+            n_fast = sum(not is_slow for _, _, is_slow in of)
+            if n_fast:
+                here = of[:n_fast]
+                fast = batch.result[: sum(batch.counts[:n_fast])]
+                seconds = []
+                if group["second_moment"] is not None:
+                    seconds = pieces((s["second_moment"] for s in held), here)
+                slows = pieces((s["slow_update"] for s in held), here) if alpha else []
+                direction, ratio, second = rules.m3_direction(
+                    fast.to(work) if alpha or seconds else fast,
+                    torch.cat(slows).to(work) if slows else None,
+                    torch.cat(seconds) if seconds else None,
+                    alpha=alpha,
+                    beta2=beta2,
+                    eps=group["eps"],
+                )
+                size = lr * rules.lr_factor(
+                    group["adjust_lr"], fast.size(1), fast.size(2), form.out_dim
+                )
+                counts = batch.counts[:n_fast]
+                targets = pieces(bucket, here)
+                if ratio is None and not isinstance(size, Tensor):
+                    torch._foreach_add_(targets, list(direction.split(counts)), alpha=-size)
+                else:
+                    factor = size if ratio is None else size * ratio
+                    torch._foreach_sub_(targets, list((factor * direction).split(counts)))
+                if second is not None:
+                    torch._foreach_copy_(seconds, list(second.split(counts)))
+            # Only now: this update still takes what the chunk before has left.
+            for (k, j, _), fresh in zip(of[n_fast:], parts[n_fast:]):
+                target = form.split(held[k]["slow_update"])[j]
+                end = ends[k]
+                kept = torch.where(end, fresh, target) if isinstance(end, Tensor) else fresh
+                target.copy_(kept)
+
+
+def _split(
+    params: list[Tensor], grads: list[Tensor]
+) -> dict[Any, tuple[list[Tensor], list[Tensor], list[int]]]:
+    """Parameters, gradients and their indices, by device and dtype."""
+    split: dict[Any, tuple[list[Tensor], list[Tensor], list[int]]] = {}
+    for i, (param, grad) in enumerate(zip(params, grads)):
+        bucket = split.setdefault((param.device, param.dtype), ([], [], []))
+        bucket[0].append(param)
+        bucket[1].append(grad)
+        bucket[2].append(i)
+    return split

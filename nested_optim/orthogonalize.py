@@ -1,0 +1,250 @@
+"""Newton-Schulz on many matrices at once: batched by shape, on the short side, cheaply.
+
+:func:`nested_optim.rules.newton_schulz` is the truth for one matrix; what is here computes the same
+with fewer launches and fewer operations. Three forms of one iteration are at hand:
+
+- ``"bmm"``: the iteration as it is written, with batched products;
+- ``"symmetric"``: the same, with half of each product whose result is symmetric left out (Triton,
+  on CUDA);
+- ``"gram"``: the iteration on the Gram matrix ``R = X X^T`` alone. Every factor of the iteration is
+  a polynomial of ``R``, so the factors multiply up to one ``Q``, and ``X`` is met only twice: in
+  ``R`` and in ``Q X``. For ``X`` of shape (n, m), n < m, this trades products of ``n n m``
+  multiplications for products of ``n n n``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .rules.newton_schulz import Coefficients, newton_schulz
+
+BACKENDS = ("auto", "bmm", "symmetric", "gram")
+
+# A step of the Gram form multiplies the rounding error of R by up to a * a, about 12, in directions
+# of small singular values. In half precision R is therefore made anew from X after two steps;
+# float32 bears all five steps of the usual schedules.
+_STEPS_PER_GRAM = {torch.float16: 2, torch.bfloat16: 1, torch.float32: 5, torch.float64: 12}
+
+
+class Batch(NamedTuple):
+    """Matrices of one shape that are orthogonalised together."""
+
+    #: Where they are in the list that was given.
+    indices: list[int]
+    #: How many matrices each of them holds.
+    counts: list[int]
+    #: Shape (matrices, rows, columns), in the dtype of the result.
+    result: Tensor
+
+
+def ns_dtype_for(param: Tensor, name: torch.dtype | None) -> torch.dtype:
+    """The dtype of a parameter's orthogonalised momentum.
+
+    By default bfloat16 on an accelerator, as ``torch.optim.Muon`` has it; on a CPU, few of which
+    multiply in bfloat16 at a useful speed, float32; for a float64 parameter float64.
+    """
+    if name is not None:
+        return name
+    if param.dtype == torch.float64:
+        return torch.float64
+    return torch.float32 if param.device.type == "cpu" else torch.bfloat16
+
+
+def orthogonalize(
+    matrices: Sequence[Tensor],
+    schedule: Sequence[Coefficients],
+    *,
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.float32,
+    max_batch_bytes: int = 2**29,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Newton-Schulz of each tensor, those of one shape together.
+
+    Args:
+        matrices: tensors of shape (batch, rows, columns), of any device and floating dtype.
+        schedule: coefficients, one triple per step (:func:`nested_optim.rules.ns_schedule`).
+        eps: smallest Frobenius norm that is normalised to 1.
+        dtype: of the result. The products are computed in it, or in a dtype that is no less
+            accurate (float16 for bfloat16: normalised matrices do not need its range).
+        max_batch_bytes: bound of the temporary memory of one batch; a single matrix may exceed it.
+        backend: ``"auto"`` chooses by device and shape, the others ask for a form by name.
+
+    Returns:
+        Tensors of the shapes of ``matrices``, in ``dtype``.
+
+    Raises:
+        ValueError: an unknown backend, or one that does not run on these tensors.
+    """
+    results: list[Tensor | None] = [None] * len(matrices)
+    for batch in orthogonal_batches(
+        matrices,
+        schedule,
+        eps=eps,
+        dtype=dtype,
+        max_batch_bytes=max_batch_bytes,
+        backend=backend,
+    ):
+        for i, part in zip(batch.indices, batch.result.split(batch.counts)):
+            results[i] = part
+    return [result for result in results if result is not None]
+
+
+def orthogonal_batches(
+    matrices: Sequence[Tensor],
+    schedule: Sequence[Coefficients],
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    max_batch_bytes: int,
+    backend: str = "auto",
+) -> Iterator[Batch]:
+    """The same, batch by batch, so that a caller can go on with each batch and then let it go."""
+    if backend not in BACKENDS:
+        raise ValueError(f"Invalid backend: {backend!r}. Choose one of {', '.join(BACKENDS)}")
+    buckets: dict[tuple[torch.device, torch.Size], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        buckets.setdefault((matrix.device, matrix.shape[1:]), []).append(i)
+    for (device, (rows, columns)), indices in buckets.items():
+        short, long = sorted((rows, columns))
+        chosen = _choose(backend, device, dtype, short, long, len(schedule))
+        each = dtype.itemsize * (3 * short * long + 4 * short * short)
+        room = max(1, max_batch_bytes // max(1, each))
+        for some in _chunks(indices, [matrices[i].size(0) for i in indices], room):
+            given = [matrices[i] for i in some]
+            counts = [matrix.size(0) for matrix in given]
+            stacked = torch.cat(given) if len(given) > 1 else given[0]
+            wide = stacked.mT if rows > columns else stacked
+            result = _iterate(wide, schedule, eps, dtype, chosen)
+            yield Batch(some, counts, result.mT if rows > columns else result)
+
+
+def _chunks(indices: list[int], counts: list[int], room: int) -> Iterator[list[int]]:
+    """Consecutive indices whose counts add up to at most ``room`` (or one index)."""
+    some: list[int] = []
+    total = 0
+    for i, count in zip(indices, counts):
+        if some and total + count > room:
+            yield some
+            some, total = [], 0
+        some.append(i)
+        total += count
+    if some:
+        yield some
+
+
+def _choose(
+    backend: str, device: torch.device, dtype: torch.dtype, short: int, long: int, steps: int
+) -> str:
+    symmetric = kernels.available(device) and dtype in (torch.float16, torch.bfloat16)
+    if backend == "symmetric" and not symmetric:
+        raise ValueError(
+            "backend='symmetric' needs Triton, a CUDA device and float16 or bfloat16, but the "
+            f"matrices are {dtype} on {device}; leave it at 'auto'"
+        )
+    if backend != "auto":
+        return backend
+    if not steps or not short:
+        return "bmm"
+    # Multiplications per n*n, a symmetric product counted by half where it is computed by half.
+    half = 1 if symmetric else 2
+    lengths = _segments(steps, _STEPS_PER_GRAM[_work_dtype(dtype, device)])
+    squares = sum(4 * length - 3 for length in lengths)
+    plain = steps * ((half + 2) * long + half * short)
+    gram = len(lengths) * (half + 2) * long + squares * half * short
+    if gram < plain:
+        return "gram"
+    return "symmetric" if symmetric else "bmm"
+
+
+def _work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """float16 for bfloat16: of the same speed, and of three more bits where nothing exceeds 1."""
+    if dtype == torch.bfloat16 and kernels.available(device):
+        return torch.float16
+    return dtype
+
+
+def _segments(steps: int, length: int) -> list[int]:
+    """``steps`` cut into runs of at most ``length``, the longest last."""
+    runs = -(-steps // length)
+    shortest, longer = divmod(steps, runs)
+    return [shortest] * (runs - longer) + [shortest + 1] * longer
+
+
+def _iterate(
+    wide: Tensor, schedule: Sequence[Coefficients], eps: float, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Newton-Schulz of a (matrices, short, long) tensor."""
+    if backend == "bmm" or not schedule:
+        return newton_schulz(wide.to(dtype), schedule, eps)
+    work = _work_dtype(dtype, wide.device)
+    # At least float32 until the scale is known: float16 would lose small gradients.
+    exact = wide.to(torch.promote_types(wide.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(exact, dim=(-2, -1), keepdim=True)
+    x = (exact / norm.clamp(min=eps)).to(work)
+    del exact
+    if backend == "symmetric":
+        for a, b, c in schedule:
+            gram = _half_product(x, x)
+            polynomial = _half_product(gram, gram, alpha=c, plus=gram, beta=b)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+        result: Tensor = x.to(dtype)
+        return result
+    product = _plain_product if not _halves(x) else _half_product
+    at = 0
+    for length in _segments(len(schedule), _STEPS_PER_GRAM[work]):
+        q: Tensor | None = None
+        r = product(x, x)
+        for k, (a, b, c) in enumerate(schedule[at : at + length]):
+            polynomial = product(r, r, alpha=c, plus=r, beta=b, diagonal=a)
+            q = polynomial if q is None else product(polynomial, q)
+            if k + 1 < length:
+                r = product(product(polynomial, r), polynomial)
+        assert q is not None
+        x = torch.bmm(q, x)
+        at += length
+    result = x.to(dtype)
+    return result
+
+
+def _halves(x: Tensor) -> bool:
+    return kernels.available(x.device) and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _half_product(
+    a: Tensor,
+    b: Tensor,
+    alpha: float = 1.0,
+    plus: Tensor | None = None,
+    beta: float = 0.0,
+    diagonal: float = 0.0,
+) -> Tensor:
+    """``alpha a b^T + beta plus + diagonal I``, where that is symmetric, computed by half."""
+    from .kernels.symmetric import symmetric_product
+
+    return symmetric_product(a, b, alpha, plus, beta, diagonal)
+
+
+def _plain_product(
+    a: Tensor,
+    b: Tensor,
+    alpha: float = 1.0,
+    plus: Tensor | None = None,
+    beta: float = 0.0,
+    diagonal: float = 0.0,
+) -> Tensor:
+    """The same by batched matrix products."""
+    if plus is None:
+        result = torch.bmm(a, b.mT)
+        if alpha != 1.0:
+            result = result * alpha
+    else:
+        result = torch.baddbmm(plus, a, b.mT, beta=beta, alpha=alpha)
+    if diagonal:
+        result.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    return result
