@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
     _differentiable_doc,
     _foreach_doc,
     _maximize_doc,
+    _use_grad_for_differentiable,
 )
 
 from . import rules
@@ -232,6 +233,7 @@ class M3(NestedOptimizer):
             return False
         return super()._uses_foreach(group, params)
 
+    @_use_grad_for_differentiable
     def _step_while_compiling(self, closure: Any) -> Any:
         return self._step_uncompiled(closure)
 

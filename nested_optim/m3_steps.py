@@ -7,7 +7,8 @@ updates parameters and states in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -43,11 +44,18 @@ def reads_in_place(param: Tensor, group: dict[str, Any]) -> bool:
 _OPTIONS = ("betas", "alpha", "slow_frequency", "eps", "weight_decay", "maximize")
 
 
+@dataclass(frozen=True)
 class _Gathered(MatrixForm):
     """The form of a sharded parameter: every rank puts its matrices together and does all of it."""
 
+    like: Any = None
+
     def split(self, tensor: Tensor) -> list[Tensor]:
         return super().split(whole(tensor))
+
+    def join(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        joined = super().join(parts, shape)
+        return laid_out_like(joined, self.like) if joined.shape == self.like.shape else joined
 
 
 def _single_tensor_m3(
@@ -61,7 +69,7 @@ def _single_tensor_m3(
     for param, grad, state in zip(params, grads, states):
         form = matrix_form(group)
         if is_dtensor(param):
-            form = _Gathered(form.flatten, form.out_dim, form.split_sizes, form.num_heads)
+            form = _Gathered(**asdict(form), like=param)
         keys = ["momentum_buffer", "slow_momentum_buffer", "slow_update", "second_moment"]
         slow = bool(group["alpha"]) or group["mode"] == "paper"
         used = [True, slow, slow, group["second_moment"] is not None]
@@ -118,7 +126,10 @@ def _multi_tensor_m3(
         if group["maximize"]:
             grads_ = list(torch._foreach_neg(grads_))
         if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            torch._foreach_mul_(bucket, 1 - lr * weight_decay)
+            decay = 1 - lr * weight_decay
+            if bucket[0].is_cpu:  # a number would be rounded to the tensors' dtype
+                decay = torch.as_tensor(decay, dtype=torch.float64)
+            torch._foreach_mul_(bucket, decay)
         wide = momenta
         if any(m.dtype != dtype for m in momenta):
             wide = [m.to(dtype) for m in momenta]
@@ -188,7 +199,8 @@ def _multi_tensor_m3(
                     torch._foreach_add_(targets, list(direction.split(counts)), alpha=-size)
                 else:
                     factor = size if ratio is None else size * ratio
-                    torch._foreach_sub_(targets, list((factor * direction).split(counts)))
+                    moves = (factor * direction.to(work)).to(dtype)
+                    torch._foreach_sub_(targets, list(moves.split(counts)))
                 if second is not None:
                     torch._foreach_copy_(seconds, list(second.split(counts)))
             # Only now: this update still takes what the chunk before has left.

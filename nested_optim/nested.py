@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 )
 
 from . import rules
-from .optimizer import LevelOptimizer, ParamsT
+from .optimizer import NARROW, LevelOptimizer, ParamsT
 from .tensors import resolve_dtype, to_scalar
 
 
@@ -205,7 +205,7 @@ _dtype = attrgetter("dtype")
 
 def _is_narrow(param: Tensor) -> bool:
     """Whether additions to this parameter are lost to rounding in ordinary training."""
-    return param.dtype in (torch.bfloat16, torch.float16)
+    return param.dtype in NARROW
 
 
 # Each path below takes the lists [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs (empty

@@ -36,6 +36,9 @@ from .tensors import capturing, laid_out_like, resolve_dtype
 #: what ``torch.optim`` optimizers accept
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+#: dtypes in which small additions to a parameter are lost
+NARROW = (torch.bfloat16, torch.float16)
+
 _EXTRA_GROUP_KEYS = frozenset(
     {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale"}
 )
@@ -188,7 +191,11 @@ class LevelOptimizer(Optimizer, abc.ABC):
             return bool(group["foreach"])
         if group["differentiable"] or (isinstance(group["lr"], Tensor) and not group["capturable"]):
             return False
-        return all(type(p) in _foreach_supported_types for p in params)
+        # On a CPU, _foreach_mul_ rounds its factor to the tensors' dtype: 0.999 becomes 1.
+        return all(
+            type(p) in _foreach_supported_types and not (p.is_cpu and p.dtype in NARROW)
+            for p in params
+        )
 
     # ------------------------------------------------------------------ groups
 

@@ -26,9 +26,8 @@ from .rules.newton_schulz import Coefficients, newton_schulz
 BACKENDS = ("auto", "bmm", "symmetric", "gram")
 
 # A step of the Gram form multiplies the rounding error of R by up to a * a, about 12, in directions
-# of small singular values. In half precision R is therefore made anew from X after two steps;
-# float32 bears all five steps of the usual schedules.
-_STEPS_PER_GRAM = {torch.float16: 2, torch.bfloat16: 1, torch.float32: 5, torch.float64: 12}
+# of small singular values, so R is made anew from X after so many steps.
+_STEPS_PER_GRAM = {torch.float16: 2, torch.bfloat16: 1, torch.float32: 3, torch.float64: 6}
 
 
 class Batch(NamedTuple):

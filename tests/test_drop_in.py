@@ -52,6 +52,31 @@ def test_a_model_trains_bit_for_bit_as_with_torch(torch_class, extra, weight_dec
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
+def test_narrow_parameters_train_bit_for_bit_as_with_torch_by_default(dtype, state_dtype):
+    # torch's _foreach_mul_ rounds its factor to the tensors' dtype on a CPU: no decay of 0.002.
+    params = make_params((40,), (8, 5), dtype=dtype)
+    twins = clone_params(params)
+    options = {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-4}
+    ours = NestedOptimizer(params, state_dtype=state_dtype, **options)
+    theirs = AdamW(twins, **options)
+    wide = [torch.nn.Parameter(p.detach().float()) for p in params]
+    reference = AdamW(wide, **options)
+    for seed in range(6):
+        grads = random_grads(params, seed)
+        step_with(ours, params, grads)
+        if state_dtype is None:
+            step_with(theirs, twins, grads)
+            assert_same_tensors(params, twins)
+        else:
+            step_with(reference, wide, [g.float() for g in grads])
+            assert_same_tensors(params, [p.detach().to(dtype) for p in wide])
+            with torch.no_grad():
+                for p, q in zip(wide, params):
+                    p.copy_(q)
+
+
 def test_the_loop_of_a_trainer_that_never_calls_zero_grad_on_the_optimizer():
     torch.manual_seed(0)
     model = nn.Linear(4, 2)

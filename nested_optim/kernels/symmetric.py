@@ -58,7 +58,7 @@ def product_kernel(
     inner = tl.arange(0, DEPTH)
     a_at = a + batch * a_batch + a_rows[:, None].to(tl.int64) * a_row + inner[None, :]
     b_at = b + batch * b_batch + b_rows[:, None].to(tl.int64) * b_row + inner[None, :]
-    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    total = tl.full((TILE, TILE), 0.0, tl.float32)
     for start in range(0, depth, DEPTH):
         if EVEN:
             part_a = tl.load(a_at)

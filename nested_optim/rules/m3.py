@@ -228,7 +228,7 @@ def m3(
             moved.append(torch.add(old, direction, alpha=-size))
         else:
             factor = size if ratio is None else size * ratio
-            moved.append((old - factor * direction).to(old.dtype))
+            moved.append((old - factor * direction.to(work)).to(old.dtype))
         new_seconds.append(second)
     param = form.join(moved, param.shape)
     if second_moment is not None:
@@ -238,8 +238,10 @@ def m3(
         ends = position + 1 >= slow_frequency
         if isinstance(ends, Tensor) or ends:
             parts = [_orthogonal(m, schedule, ns_dtype, eps) for m in form.split(slow_momentum)]
-            fresh = form.join(parts, param.shape).to(slow_update.dtype)
-            slow_update = torch.where(ends, fresh, slow_update) if ends is not True else fresh
+            if isinstance(ends, Tensor):
+                stale = form.split(slow_update)
+                parts = [torch.where(ends, x.to(y.dtype), y) for x, y in zip(parts, stale)]
+            slow_update = form.join(parts, param.shape).to(slow_update.dtype)
     return M3State(param, momentum, slow_momentum, slow_update, second_moment)
 
 

@@ -63,7 +63,7 @@ def ns_schedule(coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
             if all(isinstance(x, (int, float)) for x in triples):
                 triples = (triples,)
             triples = tuple(tuple(float(x) for x in triple) for triple in triples)
-        except TypeError:
+        except (TypeError, ValueError):
             triples = ()
         finite = all(abs(x) < float("inf") for triple in triples for x in triple)
         if not triples or any(len(triple) != 3 for triple in triples) or not finite:
