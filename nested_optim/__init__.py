@@ -6,6 +6,7 @@ After *Nested Learning: The Illusion of Deep Learning Architectures* (arXiv 2512
 from ._version import __version__
 from .describe import describe
 from .m3 import M3
+from .matrix_groups import matrix_groups
 from .nested import NestedOptimizer
 from .param_groups import (
     build_param_groups,
@@ -25,4 +26,5 @@ __all__ = [
     "describe",
     "group_titans_params",
     "infer_param_depth",
+    "matrix_groups",
 ]

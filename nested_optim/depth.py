@@ -11,7 +11,7 @@ from torch import nn
 from .names import find_parameters, strip_wrapper_prefixes
 
 # What a component of a name says about depth: matched in lower case against the whole component.
-_HEAD = re.compile(
+HEAD = re.compile(
     r"(.*_)?(heads?|classifiers?)(_.*|\d+)?|fc|scores?|logits|output|out|out_proj|proj_out|project_out"
     r"|output_(proj|projection|layer)|embed_out|unembed|unembedding|cls|predictions?|pooler|qa_outputs"
     r"|(final_|post_|fc_)?(ln|norm|layer_?norm|rms_?norm)(_f|_final|_post)?"
@@ -53,7 +53,7 @@ def infer_param_depth(name: str, n_layers: int) -> float:
     """
     if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 1:
         raise ValueError(f"n_layers must be an integer >= 1, but is {n_layers!r}")
-    kind, _, index = _place(name)
+    kind, _, index = place(name)
     if kind == "layer":
         return min(1.0, max(0, index + 1) / n_layers)
     return {"embedding": 0.0, "head": 1.0}.get(kind, 0.5)
@@ -74,8 +74,13 @@ def count_layers(model: nn.Module) -> int:
     return layer_ids(find_parameters(model, need_trainable=False).names)[1]
 
 
-def _place(name: str) -> tuple[Literal["embedding", "layer", "head", "unknown"], str, int]:
-    """Where a name says that it is; for a layer also its stack (the numbers' path) and number."""
+def place(
+    name: str, head: re.Pattern[str] = HEAD
+) -> tuple[Literal["embedding", "layer", "head", "unknown"], str, int]:
+    """Where a name says that it is; for a layer also its stack (the numbers' path) and number.
+
+    For embeddings and heads, instead of a number, how many components follow the deciding one.
+    """
     parts = strip_wrapper_prefixes(name).lower().split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
@@ -84,16 +89,21 @@ def _place(name: str) -> tuple[Literal["embedding", "layer", "head", "unknown"],
             stack = ".".join([*parts[:i], numbered["word"]])
             # torchvision counts layer1 to layer4, but encoder_layer_0 and up.
             return "layer", stack, int(numbered["index"]) - (not numbered["joint"])
-        if _HEAD.fullmatch(part):  # before embeddings: GPT-NeoX's head is `embed_out`
-            return "head", "", 0
+        if head.fullmatch(part):  # before embeddings: GPT-NeoX's head is `embed_out`
+            return "head", "", len(parts) - i - 1
         if _EMBEDDING.fullmatch(part):
-            return "embedding", "", 0
+            return "embedding", "", len(parts) - i - 1
     return "unknown", "", 0
+
+
+def is_numbered(part: str) -> bool:
+    """Whether a component of a name numbers a layer: ``3``, ``layer3``, ``block_3``."""
+    return part.isdecimal() or _NUMBERED.fullmatch(part.lower()) is not None
 
 
 def layer_ranks(names: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(rank of its layer, layers in its stack) for each parameter that is in a layer."""
-    places = {name: _place(name) for name in names}
+    places = {name: place(name) for name in names}
     in_layers: dict[str, tuple[Any, Any]] = {
         name: (stack, index) for name, (kind, stack, index) in places.items() if kind == "layer"
     }
@@ -116,5 +126,5 @@ def layer_ids(names: Sequence[str]) -> tuple[dict[str, int], int]:
     """Layer ids as ``layer_decay`` counts them, and the number of layers."""
     ranks = layer_ranks(names)
     num_layers = max((size for _, size in ranks.values()), default=0)
-    outside = {n: 0 if _place(n)[0] == "embedding" else num_layers + 1 for n in names}
+    outside = {n: 0 if place(n)[0] == "embedding" else num_layers + 1 for n in names}
     return {**outside, **{name: rank + 1 for name, (rank, _) in ranks.items()}}, num_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -52,12 +53,7 @@ def find_parameters(model: nn.Module, need_trainable: bool = True) -> FoundParam
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module (for its names), not {type(model).__name__}")
-    # Only under a data-parallel wrapper is "module" not the user's own word.
-    wrapped = {
-        f"{path}.module".lstrip(".")
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, _PARALLEL)
-    }
+    clean = _cleaner(model)
     found = FoundParameters()
     owners: dict[str, Parameter] = {}
     first_names: dict[Parameter, str] = {}
@@ -68,11 +64,7 @@ def find_parameters(model: nn.Module, need_trainable: bool = True) -> FoundParam
                 f"parameter {raw_name!r} is flattened by FSDP, which hides the names: wrap with "
                 "use_orig_params=True, or use fully_shard"
             )
-        name = ".".join(
-            part
-            for i, part in enumerate(raw, start=1)
-            if part not in _WRAPPERS and ".".join(raw[:i]) not in wrapped
-        )
+        name = clean(raw_name)
         if owners.setdefault(name, param) is not param:
             raise ValueError(f"two parameters are {name!r} without wrapper prefixes: rename one")
         first = first_names.setdefault(param, name)
@@ -90,3 +82,33 @@ def find_parameters(model: nn.Module, need_trainable: bool = True) -> FoundParam
             "requires_grad on those to train first"
         )
     return found
+
+
+def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's modules in its order, less wrappers, by paths as in :func:`find_parameters`.
+
+    A module that is used in several places is there under each of its paths.
+    """
+    clean = _cleaner(model)
+    # A wrapper comes before what it wraps, and both have one path: the last one written stays.
+    return {clean(path): module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _cleaner(model: nn.Module) -> Callable[[str], str]:
+    """A function that takes what wrappers add out of this model's paths."""
+    # Only under a data-parallel wrapper is "module" not the user's own word.
+    wrapped = {
+        f"{path}.module".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _PARALLEL)
+    }
+
+    def clean(path: str) -> str:
+        parts = path.split(".")
+        return ".".join(
+            part
+            for i, part in enumerate(parts, start=1)
+            if part not in _WRAPPERS and ".".join(parts[:i]) not in wrapped
+        )
+
+    return clean

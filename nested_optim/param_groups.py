@@ -6,21 +6,27 @@ any ``torch.optim`` optimizer takes, and changes nothing of the caller's.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
-import numbers
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import Parameter, is_lazy
+from torch import nn
+from torch.nn.parameter import Parameter
 
 from .depth import count_layers, infer_param_depth, layer_ids, layer_ranks
+from .group_options import (
+    check_choice,
+    check_number,
+    check_options,
+    is_bias_or_1d,
+    listing,
+    matcher,
+    same,
+    why_unmatched,
+    with_own_lr,
+)
 from .levels import check_frequency
 from .names import FoundParameters, find_parameters, strip_wrapper_prefixes
 
@@ -32,15 +38,6 @@ __all__ = [
     "infer_param_depth",
     "strip_wrapper_prefixes",
 ]
-
-# fmt: off
-_KNOWN_KEYS = (
-    "match", "frequency", "lr", "lr_mult", "weight_decay", "name", "betas", "eps", "amsgrad",
-    "window", "decoupled", "state_dtype", "maximize", "foreach", "capturable", "differentiable",
-    "fused", "algorithm", "slow_frequency", "alpha", "ns_steps", "momentum", "nesterov",
-)
-# fmt: on
-_OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay"}  # no close matches for difflib
 
 
 def build_param_groups(
@@ -102,15 +99,15 @@ def build_param_groups(
         >>> [(g["name"], g["lr"], [name for name, _ in g["params"]]) for g in groups]
         [('slow', 0.0005, ['0.weight', '0.bias']), ('default', 0.001, ['2.weight', '2.bias'])]
     """
-    _check_choice("on_unmatched", on_unmatched, ("default", "error"))
-    _check_choice("on_unused_rule", on_unused_rule, ("error", "warn", "ignore"))
-    _check_choice("syntax", syntax, ("regex", "glob"))
+    check_choice("on_unmatched", on_unmatched, ("default", "error"))
+    check_choice("on_unused_rule", on_unused_rule, ("error", "warn", "ignore"))
+    check_choice("syntax", syntax, ("regex", "glob"))
     if defaults is not None and not isinstance(defaults, Mapping):
         raise TypeError(f"defaults must be a dict of options, but got {defaults!r}")
     base = dict(defaults or {})
-    _check_options(base, "defaults: ", reserved=("lr_mult", "match", "name"))
+    check_options(base, "defaults: ", reserved=("lr_mult", "match", "name"))
     if layer_decay is not None:
-        _check_number(layer_decay, "layer_decay", "")
+        check_number(layer_decay, "layer_decay", "")
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], but is {layer_decay}")
         if "lr" not in base:
@@ -133,15 +130,15 @@ def build_param_groups(
     unmatched = [name for name, rule in owners.items() if rule is default]
     if unmatched and on_unmatched == "error":
         raise ValueError(
-            f"no rule matches {_listing(unmatched)}. Add a rule, or pass on_unmatched='default'"
+            f"no rule matches {listing(unmatched)}. Add a rule, or pass on_unmatched='default'"
         )
 
     ids, num_layers = layer_ids(found.names) if layer_decay is not None else ({}, 0)
     members: dict[tuple[int, int | None, bool], list[tuple[str, Parameter]]] = {}
     for name, param in found.trainable.items():
         home = homes[owners[name].index]
-        decays = no_decay_1d and not _same(home.options.get("weight_decay"), 0)
-        key = (home.index, ids.get(name), decays and _is_bias_or_1d(name, param, found))
+        decays = no_decay_1d and not same(home.options.get("weight_decay"), 0)
+        key = (home.index, ids.get(name), decays and is_bias_or_1d(name, param, found))
         members.setdefault(key, []).append((name, param))
 
     groups: dict[str, dict[str, Any]] = {}
@@ -156,7 +153,7 @@ def build_param_groups(
             name += "_no_decay"
         if name in groups:
             raise ValueError(f"{homes[index].label}: there is a group {name!r} already: rename one")
-        groups[name] = {"params": params, "name": name, **_with_own_lr(options)}
+        groups[name] = {"params": params, "name": name, **with_own_lr(options)}
     return list(groups.values())
 
 
@@ -191,7 +188,7 @@ def depth_groups(
         >>> [(g["name"], g["frequency"]) for g in depth_groups(model, frequencies=(1, 8))]
         [('depth0', 8), ('depth1', 1)]
     """
-    _check_choice("slow", slow, ("shallow", "deep"))
+    check_choice("slow", slow, ("shallow", "deep"))
     if isinstance(frequencies, str) or not isinstance(frequencies, Iterable):
         raise TypeError(f"frequencies must be a sequence of integers, but got {frequencies!r}")
     levels = [check_frequency(f, f"frequencies[{i}]: ") for i, f in enumerate(frequencies)]
@@ -199,7 +196,7 @@ def depth_groups(
         raise ValueError("frequencies is empty: give one per level, such as (1, 10, 100)")
     levels.sort(reverse=slow == "shallow")
     reserved = ("frequencies", "frequency", "lr_mult", "match", "name")
-    _check_options(options, "depth_groups: ", reserved)
+    check_options(options, "depth_groups: ", reserved)
     found = find_parameters(model)
 
     ranks = layer_ranks(found.names)
@@ -216,7 +213,7 @@ def depth_groups(
             stacklevel=2,
         )
     return [
-        {"params": params, "name": f"depth{i}", **_with_own_lr(options), "frequency": levels[i]}
+        {"params": params, "name": f"depth{i}", **with_own_lr(options), "frequency": levels[i]}
         for i, params in enumerate(bins)
         if params
     ]
@@ -246,18 +243,6 @@ def group_titans_params(model: nn.Module) -> tuple[list[Parameter], list[Paramet
     return core, memory
 
 
-def _is_bias_or_1d(name: str, param: Parameter, found: FoundParameters) -> bool:
-    if name.endswith("bias"):
-        return True
-    if found.flattened or is_lazy(param):
-        why = "flattened by FSDP (fully_shard keeps it)" if found.flattened else "not known yet"
-        raise ValueError(
-            f"no_decay_1d needs the shape of {name!r}, which is {why}: set weight_decay by rules"
-        )
-    # DeepSpeed's ZeRO-3 leaves an empty tensor in place and keeps the shape beside it.
-    return len(getattr(param, "ds_shape", param.shape)) <= 1
-
-
 @dataclass
 class _Rule:
     index: int
@@ -279,7 +264,7 @@ def _parse_rule(index: int, rule: Any, base: dict[str, Any], syntax: str) -> _Ru
         )
     match, name = rule.get("match"), rule.get("name")
     label = f"rule {index} (match={match!r})"
-    _check_options(rule, f"{label}: ")
+    check_options(rule, f"{label}: ")
     if "match" not in rule:
         raise ValueError(f"{label}: 'match' is missing among its keys: {', '.join(rule) or 'none'}")
     patterns: list[Any] = list(match) if isinstance(match, (list, tuple)) else [match]
@@ -297,20 +282,8 @@ def _parse_rule(index: int, rule: Any, base: dict[str, Any], syntax: str) -> _Ru
                 "set 'lr' in the rule"
             )
         options["lr"] = base["lr"] * rule["lr_mult"]
-    matchers = [_matcher(pattern, syntax, label) for pattern in patterns]
+    matchers = [matcher(pattern, syntax, label) for pattern in patterns]
     return _Rule(index, name, label, patterns, matchers, options)
-
-
-def _matcher(pattern: str, syntax: str, label: str) -> Callable[[str], Any]:
-    if syntax == "glob":
-        return lambda name: fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.compile(pattern).search
-    except re.error as error:
-        raise ValueError(
-            f"{label}: {pattern!r} is not a valid regular expression: {error}. For wildcards, pass "
-            "syntax='glob'"
-        ) from error
 
 
 def _merge_equal(rules: list[_Rule]) -> list[_Rule]:
@@ -318,7 +291,7 @@ def _merge_equal(rules: list[_Rule]) -> list[_Rule]:
     homes: list[_Rule] = []
     for rule in rules:
         namesakes = [home for home in homes if home.name == rule.name]
-        twins = [home for home in namesakes if _same(home.options, rule.options)]
+        twins = [home for home in namesakes if same(home.options, rule.options)]
         if rule.name is not None and namesakes and not twins:
             raise ValueError(
                 f"{rule.label} and {namesakes[0].label} share the name {rule.name!r} but not their "
@@ -333,101 +306,6 @@ def _why_unused(rule: _Rule, found: FoundParameters, owners: dict[str, _Rule], s
         takers = dict(sorted((owners[name].index, owners[name].label) for name in taken))
         return (
             f"{rule.label}: all that it matches was taken by {' and '.join(takers.values())}: "
-            f"{_listing(taken)}. The first match wins: move this rule up, or remove it"
+            f"{listing(taken)}. The first match wins: move this rule up, or remove it"
         )
-    if tied := [name for name in found.aliases if rule.matches(name)]:
-        firsts = sorted({found.aliases[name] for name in tied})
-        return (
-            f"{rule.label}: matches only {_listing(tied)}, tied to {_listing(firsts)}. A tied "
-            "parameter goes by its first name: match that"
-        )
-    if frozen := [name for name in found.frozen if rule.matches(name)]:
-        return (
-            f"{rule.label}: matches only frozen parameters: {_listing(frozen)}. Set requires_grad "
-            "on them, or remove the rule"
-        )
-    message = f"{rule.label}: matches no parameter."
-    wider = f"*{rule.patterns[0]}*"
-    if syntax == "glob" and any(fnmatch.fnmatchcase(name, wider) for name in found.names):
-        return f"{message} A glob must match the whole name: did you mean {wider!r}?"
-    if close := _close_names(rule.patterns, found.names):
-        return f"{message} Did you mean {_listing(close)}?"
-    return f"{message} The names are {_listing(found.names)}"
-
-
-def _close_names(patterns: list[str], names: list[str]) -> list[str]:
-    """Names, module paths and components of names that look like a word of the patterns."""
-    candidates: dict[str, str] = {}
-    for name in names:
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            for candidate in (parts[end - 1], ".".join(parts[:end])):
-                candidates.setdefault(candidate.lower(), candidate)
-    close: dict[str, None] = {}
-    for pattern in patterns:
-        # A regular expression less its classes (\d, \w) and the backslashes of its dots.
-        plain = re.sub(r"\\[A-Za-z]", "", pattern).replace("\\", "")
-        for word in re.findall(r"[^\W\d]\w+", plain) + re.findall(r"[\w.]+", plain):
-            if word not in candidates.values():  # those are not the typo
-                matches = difflib.get_close_matches(word.lower(), candidates)
-                close.update(dict.fromkeys(candidates[match] for match in matches))
-    return list(close)
-
-
-def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, but is {value!r}")
-
-
-def _check_options(options: Mapping[str, Any], where: str, reserved: Sequence[str] = ()) -> None:
-    """Raise for a key that is misspelt or out of place, and for a value that no optimizer takes."""
-    for key, value in options.items():
-        if not isinstance(key, str):
-            raise ValueError(f"{where}option names are strings, but one is {key!r}")
-        if key in reserved or key in ("params", "param_names"):
-            raise ValueError(f"{where}{key!r} cannot be set here: remove it")
-        if key not in _KNOWN_KEYS:
-            if close := _close_keys(key.lower(), (*_KNOWN_KEYS, *reserved)):
-                meant = " or ".join(map(repr, close))
-                raise ValueError(f"{where}unknown option {key!r}: did you mean {meant}?")
-        elif key == "frequency":
-            check_frequency(value, where)
-        elif key in ("lr", "weight_decay", "lr_mult"):
-            _check_number(value, key, where)
-
-
-def _close_keys(key: str, known: Sequence[str]) -> list[str]:
-    if key in _OTHER_WORDS:
-        return [_OTHER_WORDS[key]]
-    # Beginnings count too: by difflib's measure, "freq" is far from "frequency".
-    longer = [word for word in known if len(key) > 3 and word.startswith(key)]
-    return longer or difflib.get_close_matches(key, known, cutoff=0.82)
-
-
-def _check_number(value: Any, key: str, where: str) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{where}{key} as a tensor must have one element, not {value.numel()}")
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        hint = " (YAML reads 1e-4 as a string: write 1.0e-4)" if isinstance(value, str) else ""
-        raise ValueError(f"{where}{key} must be a number, but is {value!r}{hint}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{where}{key} must be finite and not negative, but is {value!r}")
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
-
-
-def _with_own_lr(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with a copy of a tensor lr: schedulers write it in place, for one group only."""
-    lr = options.get("lr")
-    return {**options, "lr": lr.detach().clone()} if isinstance(lr, Tensor) else options
-
-
-def _listing(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return why_unmatched(rule.label, rule.patterns, rule.matches, found, syntax)

@@ -127,6 +127,8 @@ FORMS = [
     (MatrixForm(flatten=True), (6, 2, 3), [(1, 6, 6)]),
     (MatrixForm(), (6, 2, 3, 2), [(1, 6, 12)]),
     (MatrixForm(split_sizes=(2, 4)), (6, 2, 3, 2), [(1, 2, 12), (1, 4, 12)]),
+    (MatrixForm(flatten=True, out_dim=1), (6, 2, 3), [(1, 6, 6)]),
+    (MatrixForm(split_sizes=(6, 6), out_dim=1), (6, 2, 3, 2), [(1, 6, 6), (1, 6, 6)]),
 ]
 
 
@@ -153,7 +155,6 @@ def test_a_parameter_divides_into_its_matrices_and_comes_together_again(form, sh
         (MatrixForm(), (5,), "no rows and columns"),
         (MatrixForm(), (3, 4, 5), "set flatten=False or flatten=True"),
         (MatrixForm(flatten=False), (2, 3, 4, 5), "more than one batch dimension"),
-        (MatrixForm(flatten=True, out_dim=1), (3, 4, 5), "out_dim must be 0"),
         (MatrixForm(split_sizes=(2, 3)), (6, 4), "add up to 5"),
         (MatrixForm(split_sizes=(2, 4), out_dim=1), (6, 4), "has 4 outputs"),
         (MatrixForm(num_heads=4), (6, 4), "not divisible in 4 heads"),

@@ -24,7 +24,7 @@ for _ in range(2):
     optimizer.step()
 assert (parameter < 1).all()
 # The tables and the benchmarks are extras: importing the package asks for none of them.
-extras = {"rich", "numpy.testing", "matplotlib", "sklearn", "click", "torchopt"}
+extras = {"rich", "numpy.testing", "matplotlib", "sklearn", "click", "torchopt", "transformers"}
 print(sorted(extras & set(sys.modules)), nested_optim.__version__)
 """
 

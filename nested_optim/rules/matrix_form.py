@@ -19,7 +19,7 @@ class MatrixForm:
             counts a batch of matrices (experts), and more than three are not read at all. None:
             what the shape leaves no doubt about (see :meth:`why_not`).
         out_dim: which dimension of a matrix is the layer's output: 0 for ``nn.Linear``, 1 where the
-            weight is stored as (in, out).
+            weight is stored as (in, out), or as (in, out, kernel) and flattened.
         split_sizes: lengths along ``out_dim`` of projections that one parameter holds, such as
             query, key and value; each is a matrix of its own.
         num_heads: how many equal matrices each projection divides into along ``out_dim``: one
@@ -46,8 +46,6 @@ class MatrixForm:
             )
         if len(shape) > 3 and self.flatten is False:
             return "has more than one batch dimension: set flatten=True on its group"
-        if self.flatten is not False and len(shape) > 2 and self.out_dim != 0:
-            return "is flattened to (out, rest), so out_dim must be 0"
         sizes = self.split_sizes
         width = self._matrix_shape(shape)[self.out_dim]
         if sizes is not None and sum(sizes) != width:
@@ -92,7 +90,8 @@ class MatrixForm:
     def row_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape with one entry per output, and per matrix of a batch."""
         if self._is_flattened(shape):
-            return (shape[0], *(1 for _ in shape[1:]))
+            ones = [1] * len(shape)
+            return (shape[0], *ones[1:]) if self.out_dim == 0 else (1, *shape[1:])
         dim = len(shape) - 2 + self.out_dim
         return tuple(n if i == dim or i < len(shape) - 2 else 1 for i, n in enumerate(shape))
 
