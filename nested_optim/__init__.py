@@ -4,6 +4,8 @@ After *Nested Learning: The Illusion of Deep Learning Architectures* (arXiv 2512
 """
 
 from ._version import __version__
+from .deep_momentum import DeepMomentum
+from .delta_momentum import DeltaMomentum
 from .describe import describe
 from .nested import NestedOptimizer
 from .param_groups import (
@@ -15,6 +17,8 @@ from .param_groups import (
 )
 
 __all__ = [
+    "DeepMomentum",
+    "DeltaMomentum",
     "NestedOptimizer",
     "__version__",
     "build_param_groups",

@@ -82,6 +82,10 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
     #: State tensors of the parameter's shape that are kept in ``state_dtype``.
     _moment_keys: tuple[str, ...] = ()
+    #: Entries of ``param_groups[0]`` that training changes: the flat tensors of a learned module
+    #: and its counter. In ``defaults`` they are None or 0; a class checks and moves loaded ones in
+    #: ``_check_options``.
+    _learned_keys: tuple[str, ...] = ()
     #: Whether the level-AdamW kernels are this class's rule.
     _has_kernels = False
 

@@ -5,6 +5,47 @@ torch.
 """
 
 from .adamw import adamw, bias_corrections
+from .deep_momentum import deep_momentum
+from .delta_momentum import as_matrix, delta_momentum, delta_term
 from .kahan import kahan_join, kahan_split
+from .momentum import momentum
+from .momentum_memory import (
+    MEMORY_SCALES,
+    MEMORY_SLICE,
+    OBJECTIVES,
+    advance_scales,
+    correction,
+    initial_memory,
+    mean_square,
+    memory_loss,
+    memory_output,
+    memory_size,
+    memory_units,
+    prediction_loss,
+    trusted_direction,
+)
 
-__all__ = ["adamw", "bias_corrections", "kahan_join", "kahan_split"]
+__all__ = [
+    "MEMORY_SCALES",
+    "MEMORY_SLICE",
+    "OBJECTIVES",
+    "adamw",
+    "advance_scales",
+    "as_matrix",
+    "bias_corrections",
+    "correction",
+    "deep_momentum",
+    "delta_momentum",
+    "delta_term",
+    "initial_memory",
+    "kahan_join",
+    "kahan_split",
+    "mean_square",
+    "memory_loss",
+    "memory_output",
+    "memory_size",
+    "memory_units",
+    "momentum",
+    "prediction_loss",
+    "trusted_direction",
+]
