@@ -20,6 +20,10 @@ SUITES = {
         "benchmarks.precision:precision",
         "bfloat16 parameters with and without Kahan sums, on digits.",
     ),
+    "rules": (
+        "benchmarks.rules.cli:rules",
+        "Single update rules on problems small enough to see through.",
+    ),
 }
 
 

@@ -4,6 +4,8 @@ After *Nested Learning: The Illusion of Deep Learning Architectures* (arXiv 2512
 """
 
 from ._version import __version__
+from .deep_momentum import DeepMomentum
+from .delta_momentum import DeltaMomentum
 from .describe import describe
 from .m3 import M3
 from .matrix_groups import matrix_groups
@@ -18,6 +20,8 @@ from .param_groups import (
 
 __all__ = [
     "M3",
+    "DeepMomentum",
+    "DeltaMomentum",
     "NestedOptimizer",
     "__version__",
     "build_param_groups",

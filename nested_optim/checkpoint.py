@@ -45,7 +45,7 @@ def load(optimizer: LevelOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         group.update((k, live[k]) for k in ("params", "param_names") if k in live)
         label = f"checkpoint's {optimizer._group_label(at, group)}: "
         group.update(optimizer._check_options(group, label))
-        for key in optimizer.defaults.keys() - _MOVED_IN_TRAINING:
+        for key in optimizer.defaults.keys() - _MOVED_IN_TRAINING - set(optimizer._learned_keys):
             if not _same(live[key], group[key]):
                 changed.setdefault(key, (at, live[key], group[key]))
         for i, (key, param) in enumerate(zip(saved["params"], live["params"])):

@@ -89,6 +89,10 @@ class LevelOptimizer(Optimizer, abc.ABC):
     _wide_keys: tuple[str, ...] = ("window_sum",)
     #: State that counts: numbers in float32, beside the parameter where a host must not look.
     _counter_keys: tuple[str, ...] = ("step", "window_count")
+    #: Entries of ``param_groups[0]`` that training changes: the flat tensors of a learned module
+    #: and its counter. In ``defaults`` they are None or 0; a class checks and moves loaded ones in
+    #: ``_check_options``.
+    _learned_keys: tuple[str, ...] = ()
     #: Whether the level-AdamW kernels are this class's rule.
     _has_kernels = False
 

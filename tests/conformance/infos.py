@@ -22,7 +22,7 @@ from torch.testing._internal.common_optimizers import (
     optim_inputs_func_adam,
 )
 
-from nested_optim import M3, NestedOptimizer, kernels
+from nested_optim import M3, DeepMomentum, DeltaMomentum, NestedOptimizer, kernels
 
 #: The name under which a class's own kernels count among its functional paths.
 KERNELS = "kernels"
@@ -57,6 +57,14 @@ class Info(OptimizerInfo):
         matrices_only: parameters must have rows and columns, of real numbers.
         exact_foreach: foreach on a CPU gives the for-loop's bits.
         updates_from_four: updates at lr 0.1 that take p from 4 to less than 1.
+        narrow_options: options under which float16 loses nothing that matters.
+        elementwise: whether each number of a tensor is updated on its own, so that a complex one
+            is a pair of real ones.
+        learned: entries of the first group that steps change: a learned module, which all
+            parameters of an optimizer share.
+        steep_options: options under which steps on a steep slope stay finite.
+        monotonic_updates: how many updates take p**2 straight down from p = 4; a momentum goes
+            past 0 after a few.
         torch_options: what `OptimizerInfo` takes.
     """
 
@@ -78,6 +86,11 @@ class Info(OptimizerInfo):
         matrices_only: bool = False,
         exact_foreach: bool = True,
         updates_from_four: int = 100,
+        narrow_options: dict[str, Any] | None = None,
+        elementwise: bool = True,
+        learned: tuple[str, ...] = (),
+        steep_options: dict[str, Any] | None = None,
+        monotonic_updates: int = 20,
         **torch_options: Any,
     ) -> None:
         torch_options.setdefault("scheduler_inputs", ADAM.scheduler_inputs)
@@ -100,6 +113,11 @@ class Info(OptimizerInfo):
         self.matrices_only = matrices_only
         self.exact_foreach = exact_foreach
         self.updates_from_four = updates_from_four
+        self.narrow_options = {"eps": 0.1} if narrow_options is None else narrow_options
+        self.elementwise = elementwise
+        self.learned = learned
+        self.steep_options = steep_options or {}
+        self.monotonic_updates = monotonic_updates
 
     def vector(self, *shape: int) -> tuple[int, ...]:
         """This shape, or if the class must have matrices one that holds as many numbers."""
@@ -164,6 +182,41 @@ def nested_inputs(device: Any, dtype: torch.dtype | None = None) -> list[Optimiz
         for entry in inputs:
             entry.kwargs["eps"] = 0.1
     return inputs
+
+
+def momentum_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    """For the classes that are SGD with another momentum."""
+    return [
+        options("default"),
+        options("non-default lr", lr=0.01),
+        options("no momentum", momentum=0.0),
+        options("weight_decay", weight_decay=0.1),
+        options("decoupled weight_decay", weight_decay=0.1, decoupled=True),
+        options("maximize, weight_decay", weight_decay=0.1, maximize=True),
+        options("mean of 3, decoupled, maximize", frequency=3, decoupled=True, maximize=True),
+        options("float32 state", state_dtype=torch.float32, weight_decay=0.1),
+    ]
+
+
+def delta_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    own = [
+        options("normalized", normalized=True, momentum=0.95),
+        options("plain momentum", delta_rate=0.0, weight_decay=0.1),
+    ]
+    return [*momentum_inputs(device), *window_inputs(device), *own]
+
+
+def linear_memory_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    return [*momentum_inputs(device), *window_inputs(device)]
+
+
+def mlp_memory_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    own = [
+        options("dot", objective="dot", memory_lr=0.01),
+        options("fast learner", memory_lr=0.1, hidden=4, memory_decays=(0.5, 0.9)),
+    ]
+    inputs = [*momentum_inputs(device), *window_inputs(device), *own]
+    return [i for i in inputs if not i.kwargs.get("capturable")]
 
 
 def few_adam_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
@@ -270,6 +323,72 @@ def m3_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput
     ]
 
 
+def momentum_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    return [
+        *level_error_inputs(device, dtype),
+        bad("negative momentum", ValueError, "Invalid momentum value: -0.5", momentum=-0.5),
+        bad("momentum of 2", ValueError, "Invalid momentum value: 2.0", momentum=2.0),
+        bad("negative decay", ValueError, "Invalid weight_decay value: -1.0", weight_decay=-1.0),
+        bad("integer state", ValueError, "Invalid state_dtype", state_dtype=torch.int32),
+        bad("fused", RuntimeError, "has no fused kernel", fused=True),
+        bad(
+            "foreach, differentiable",
+            RuntimeError,
+            "`foreach` does not support `differentiable`",
+            foreach=True,
+            differentiable=True,
+        ),
+    ]
+
+
+def delta_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    return [
+        *momentum_error_inputs(device, dtype),
+        bad("negative rate", ValueError, "Invalid delta_rate value: -1.0", delta_rate=-1.0),
+        bad("nan rate", ValueError, "Invalid delta_rate value: nan", delta_rate=float("nan")),
+    ]
+
+
+def deep_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    return [
+        *momentum_error_inputs(device, dtype),
+        bad("unknown memory", ValueError, "Invalid memory: 'rnn'.*linear, mlp", memory="rnn"),
+        bad("unknown objective", ValueError, "Invalid objective: 'l1'.*l2, dot", objective="l1"),
+        bad("linear l2", ValueError, "is DeltaMomentum", memory="linear", objective="l2"),
+        bad("momentum of 1", ValueError, "Invalid momentum value: 1.0; below 1", momentum=1.0),
+        bad("no hidden units", ValueError, "Invalid hidden: 0", hidden=0),
+        bad("negative memory_lr", ValueError, "Invalid memory_lr: -1.0", memory_lr=-1.0),
+        bad("decay of 1", ValueError, "Invalid memory_decays.*two", memory_decays=(0.5, 1.0)),
+        bad("capturable", RuntimeError, "does not support `capturable`", capturable=True),
+        bad("differentiable", RuntimeError, "not support `differentiable`", differentiable=True),
+        bad(
+            "hidden units of a linear memory",
+            ValueError,
+            "hidden: a linear memory has no such option",
+            memory="linear",
+            objective="dot",
+            hidden=4,
+        ),
+    ]
+
+
+class LinearDeepMomentum(DeepMomentum):
+    """DeepMomentum with the memory that serves what an MLP refuses; here a class of its own."""
+
+    def __init__(self, params: Any = None, **kwargs: Any) -> None:
+        super().__init__(params, **{"memory": "linear", "objective": "dot", **kwargs})
+
+
+#: What the classes with SGD's options have in common.
+MOMENTUM: dict[str, Any] = {
+    "supported_impls": ("foreach", "differentiable"),
+    "supports_fused_on": (),
+    "default_path": {"cpu": "_multi_tensor_", "cuda": "_multi_tensor_"},
+    "narrow_options": {},
+    "steep_options": {"lr": 1e-5},
+    "monotonic_updates": 4,
+}
+
 INFOS: list[Info] = [
     Info(
         NestedOptimizer,
@@ -301,6 +420,29 @@ INFOS: list[Info] = [
         references=(Reference(AdamW, {}),),
         functional=("nested_optim.nested", "nestedoptimizer"),
         differentiable_options=("lr", "weight_decay", "betas"),
+    ),
+    Info(
+        DeltaMomentum,
+        optim_inputs_func=explicit(delta_inputs, weight_decay=0.0),
+        optim_error_inputs_func=delta_error_inputs,
+        elementwise=False,  # a complex parameter is a complex matrix
+        **MOMENTUM,
+    ),
+    Info(
+        DeepMomentum,
+        optim_inputs_func=explicit(mlp_memory_inputs, weight_decay=0.0),
+        optim_error_inputs_func=deep_error_inputs,
+        wide_state=("window_sum", "scales"),
+        elementwise=False,  # a tensor's numbers share a scale
+        learned=("memory_weights", "memory_exp_avg", "memory_exp_avg_sq", "memory_step"),
+        **{**MOMENTUM, "supported_impls": ("foreach",), "has_capturable_arg": False},
+    ),
+    Info(
+        LinearDeepMomentum,
+        optim_inputs_func=explicit(linear_memory_inputs, weight_decay=0.0),
+        optim_error_inputs_func=momentum_error_inputs,
+        functional=("nested_optim.deep_momentum", "deepmomentum"),
+        **MOMENTUM,
     ),
     # The suite's own check: what torch's optimizer fails is no conformance.
     Info(

@@ -53,8 +53,9 @@ def test_an_optimizer_prints_its_name_and_every_option_of_every_group(case: Case
         for key, value in group.items():
             assert (f"{key}: {value}\n" in text) == (key != "params")
     assert "lr: 0.125\n" in text
-    train(optimizer, [*first, *second], range(2))
-    assert repr(optimizer) == text
+    if not case.info.learned:
+        train(optimizer, [*first, *second], range(2))
+        assert repr(optimizer) == text
 
 
 def error_inputs() -> list[Any]:

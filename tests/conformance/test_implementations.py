@@ -185,9 +185,9 @@ def mixed_params(case: Case) -> list[Parameter]:
 def assert_trains_as_separate(case: Case, params: list[Parameter], kinds: list[Any]) -> None:
     """One group trains as an optimizer for each kind of its parameters."""
     apart = copies(params)
-    together = case.build(params, eps=0.1)  # where float16 has no 1e-8
+    together = case.build(params, **case.info.narrow_options)
     members = {kind: [p for p, k in zip(apart, kinds, strict=True) if k == kind] for kind in kinds}
-    separate = [case.build(chosen, eps=0.1) for chosen in members.values()]
+    separate = [case.build(chosen, **case.info.narrow_options) for chosen in members.values()]
     for step in range(6):
         set_gradients(params, step)
         set_gradients(apart, step)
@@ -200,14 +200,19 @@ def assert_trains_as_separate(case: Case, params: list[Parameter], kinds: list[A
         assert_same(state_of(together, [own[id(p)] for p in chosen]), state_of(optimizer, chosen))
 
 
-@each_case(*EVERY)
+@each_case(*EVERY, where=lambda case: not case.info.learned)
 def test_mixed_dtypes_in_a_group_train_as_separate_optimizers(case: Case) -> None:
     params = mixed_params(case)
     assert_trains_as_separate(case, params, [p.dtype for p in params])
 
 
 @needs_cuda
-@each_case(*EVERY, where=lambda case: case.device == "cuda" and not case.kwargs.get("capturable"))
+@each_case(
+    *EVERY,
+    where=lambda case: (
+        case.device == "cuda" and not case.kwargs.get("capturable") and not case.info.learned
+    ),
+)
 def test_mixed_devices_in_a_group_train_as_separate_optimizers(case: Case) -> None:
     params = mixed_params(case)
     for i in range(0, len(params), 3):
@@ -239,11 +244,11 @@ def test_the_default_dtype_does_not_matter(case: Case, request: pytest.FixtureRe
         assert_same([p.detach() for p in params], [p.detach() for p in expected])
 
 
-def takes_complex_numbers(case: Case) -> bool:
-    return case.info.serves(torch.complex64)
+def pairs_complex_numbers(case: Case) -> bool:
+    return case.info.elementwise and case.info.serves(torch.complex64)
 
 
-@each_case("forloop", "foreach", "differentiable", where=takes_complex_numbers)
+@each_case("forloop", "foreach", "differentiable", where=pairs_complex_numbers)
 def test_complex_parameters_train_as_pairs_of_real_ones(case: Case) -> None:
     numbers = case.params(torch.complex64)
     pairs = [Parameter(torch.view_as_real(p.detach()).clone(), p.requires_grad) for p in numbers]
@@ -263,7 +268,7 @@ def test_complex_parameters_train_as_pairs_of_real_ones(case: Case) -> None:
                 torch.testing.assert_close(as_real, real_state[key])
 
 
-@each_case("forloop", "foreach", where=takes_complex_numbers)
+@each_case("forloop", "foreach", where=pairs_complex_numbers)
 def test_a_complex_parameter_trains_as_its_real_and_imaginary_parts(case: Case) -> None:
     def valley(z: Tensor) -> Tensor:
         x, y = z.abs()
@@ -272,7 +277,8 @@ def test_a_complex_parameter_trains_as_its_real_and_imaginary_parts(case: Case) 
     whole = Parameter(seeded((2,), 0, torch.complex64, case.device))
     real = Parameter(whole.detach().real.clone())
     imaginary = Parameter(whole.detach().imag.clone())
-    first, second = case.build([whole]), case.build([real, imaginary])
+    options = case.info.steep_options
+    first, second = case.build([whole], **options), case.build([real, imaginary], **options)
     start = whole.detach().clone()
     for _ in range(10):
         first.zero_grad()

@@ -183,7 +183,7 @@ def test_a_tensor_lr_does_what_a_number_does(case: Case, dims: int) -> None:
     assert float(with_tensor.param_groups[0]["lr"]) < lr
 
 
-@each_case(*EVERY)
+@each_case(*EVERY, where=lambda case: not case.info.learned)
 def test_groups_train_as_separate_optimizers_with_their_own_options(case: Case) -> None:
     flags = {flag: case.kwargs[flag] for flag in case.info.supported_impls}
     own = {k: v for k, v in case.kwargs.items() if k not in flags}
@@ -211,6 +211,14 @@ def test_groups_train_as_separate_optimizers_with_their_own_options(case: Case) 
     assert not torch.equal(joint.param_groups[0]["params"][0], case.params(seed=1)[0])
 
 
+def assert_shrunk(case: Case, now: Tensor, before: Tensor) -> None:
+    """Every number is nearer to 0; where a rule mixes them, the tensor is as a whole."""
+    if case.info.elementwise or not now.numel():
+        assert torch.all(now.abs() < before.abs())
+    else:
+        assert now.norm() < before.norm()
+
+
 @each_case(*EVERY)
 def test_weight_decay_of_one_group_leaves_the_other_alone(case: Case) -> None:
     decayed, kept = case.params(seed=1), case.params(seed=2)
@@ -224,11 +232,11 @@ def test_weight_decay_of_one_group_leaves_the_other_alone(case: Case) -> None:
         optimizer.step()
     half = len(decayed)
     for p, before in zip(decayed, start[:half], strict=True):
-        assert torch.all(p.detach().abs() < before.abs())
+        assert_shrunk(case, p.detach(), before)
     assert_same([p.detach() for p in kept], start[half:])
 
 
-@each_case(*EVERY)
+@each_case(*EVERY, where=lambda case: not case.info.learned)
 def test_a_group_added_in_mid_run_trains_as_an_optimizer_of_its_own(case: Case) -> None:
     early, late = case.params(seed=1), case.params(seed=2)
     early_alone, late_alone = copies(early), copies(late)
@@ -296,7 +304,7 @@ def test_zero_gradients_move_nothing_but_by_weight_decay(case: Case) -> None:
         assert_same([p.detach() for p in params], start)
     else:
         for p, before in zip(params, start, strict=True):
-            assert torch.all(p.detach().abs() < before.abs())
+            assert_shrunk(case, p.detach(), before)
 
 
 @each_case(*EVERY)
@@ -362,5 +370,6 @@ def test_p_squared_descends_from_four(case: Case) -> None:
             p.grad = sign * 2 * p.detach()
             optimizer.step()
         trace.append(p.item())
-    assert all(later < earlier for earlier, later in pairwise([4.0, *trace[:20]]))
+    down = [4.0, *trace[: case.info.monotonic_updates]]
+    assert all(later < earlier for earlier, later in pairwise(down))
     assert abs(trace[-1]) < 1.0

@@ -18,7 +18,7 @@ from torch.distributed.tensor import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from nested_optim import NestedOptimizer
+from nested_optim import DeepMomentum, DeltaMomentum, NestedOptimizer
 
 from .launch import (
     FREQUENCIES,
@@ -31,6 +31,7 @@ from .launch import (
     sharded,
     snapshot,
     started,
+    take_steps,
     whole,
 )
 
@@ -255,6 +256,78 @@ def test_ddp_replicas_stay_identical_inside_windows_and_train_as_the_whole_batch
     ranks: Ranks, foreach: bool
 ) -> None:
     ranks.run(_replicas_agree, foreach)
+
+
+DELTA_OPTIONS: dict[str, dict[str, Any]] = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "normalized": {"normalized": True},
+    "capturable": {"capturable": True},
+}
+
+
+def _delta_momentum_of_shards(name: str) -> None:
+    """Products of whole matrices, of which each rank has some rows; a bias; no rows at all."""
+    options = {"lr": LR, "delta_rate": 0.5, "weight_decay": 0.1, **DELTA_OPTIONS[name]}
+    model, whole_model = sharded(Net(torch.float64)), Net(torch.float64)
+    optimizer = DeltaMomentum(levels(model), **options)
+    reference = DeltaMomentum(levels(whole_model), **options)
+    for step in range(STEPS):
+        for net, optim in ((model, optimizer), (whole_model, reference)):
+            give_gradients(net, step)
+            optim.step()
+    assert all(isinstance(param, DTensor) for param in optimizer.state)
+    got, expected = snapshot(model, optimizer), snapshot(whole_model, reference)
+    assert_near(got, expected, "weights and buffers", tolerance=1e-12)
+    plain = Net(torch.float64)
+    momentum = DeltaMomentum(levels(plain), **{**options, "delta_rate": 0.0})
+    take_steps(plain, momentum, range(STEPS))
+    assert not torch.allclose(whole(plain.first.weight), got["first.weight"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", DELTA_OPTIONS)
+def test_delta_momentum_of_sharded_matrices_is_that_of_whole_ones(ranks: Ranks, name: str) -> None:
+    ranks.run(_delta_momentum_of_shards, name)
+
+
+def _deep_momentum_of_shards() -> None:
+    model = sharded(Net())
+    before = snapshot(model, DeltaMomentum(levels(model)))
+    optimizer = DeepMomentum(levels(model), lr=LR)
+    give_gradients(model, 0)
+    with pytest.raises(RuntimeError, match=r"'first\.weight'.*sharded.*memory='linear'"):
+        optimizer.step()
+    assert_same(snapshot(model, optimizer), before, "after the error")
+    whole_model = Net()
+    linear = DeepMomentum(levels(model), lr=LR, memory="linear", objective="dot")
+    reference = DeltaMomentum(levels(whole_model), lr=LR, delta_rate=0.0)
+    take_steps(model, linear, range(STEPS))
+    take_steps(whole_model, reference, range(STEPS))
+    assert_near(snapshot(model, linear), snapshot(whole_model, reference), "linear memory")
+
+
+def test_deep_momentum_refuses_shards_but_for_a_linear_memory(ranks: Ranks) -> None:
+    ranks.run(_deep_momentum_of_shards)
+
+
+def _memories_of_replicas_agree() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = Net(seed=rank)  # DDP broadcasts rank 0's
+    replica = DistributedDataParallel(model)
+    optimizer = DeepMomentum(levels(model), lr=LR, memory_lr=0.05)
+    for step in range(STEPS):
+        x, y = batch(step, torch.float32)
+        backward(replica, x[rank::size], y[rank::size])
+        optimizer.step()
+    memory = optimizer.param_groups[0]["memory_weights"]
+    assert optimizer.param_groups[0]["memory_step"] == STEPS
+    everywhere: list[Any] = [None] * size
+    dist.all_gather_object(everywhere, {"memory": memory, **snapshot(model, optimizer)})
+    assert_same(everywhere[1], everywhere[0], "replicas and their memories")
+
+
+def test_ddp_replicas_train_the_same_memory(ranks: Ranks) -> None:
+    ranks.run(_memories_of_replicas_agree)
 
 
 def _partial_gradients_are_summed(name: str) -> None:

@@ -1,0 +1,1 @@
+"""What single update rules do on problems small enough to see through."""

@@ -1,0 +1,121 @@
+"""Delta Momentum (Nested Learning, arXiv 2512.24695, Eq. 48-49) as pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .momentum import MomentumState, decay, descend
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """The matrix as which the rule sees a tensor: ``(out, rest)``; a vector is one row."""
+    if tensor.dim() < 2:
+        return tensor.reshape(1, 1) if tensor.dim() == 0 else tensor.unsqueeze(0)
+    return tensor.flatten(1)
+
+
+def delta_term(
+    buf: Tensor, grad: Tensor, *, rate: float, momentum: float, normalized: bool = False
+) -> Tensor:
+    r"""What the buffer forgets along the present gradient: :math:`\rho\, b\, (g^\dagger g)`.
+
+    .. math::
+        \rho = \frac{r}{1 + r |g|^2 / \alpha}, \qquad \text{or normalized} \qquad
+        \rho = \frac{r}{1 + r} \frac{\alpha}{|g|^2},
+
+    with :math:`|g|` the Frobenius norm of each matrix, which is at least its spectral norm. So
+    :math:`\rho |g|_2^2 < \alpha` whatever the gradient, and no singular value of
+    :math:`\alpha I - \rho g^\dagger g` exceeds :math:`\alpha`. Gradients are brought to mean
+    magnitude 1 first, so neither large nor small ones leave the range of their dtype.
+
+    Args:
+        buf: the buffer, ``(..., out, in)``; each matrix of a batch on its own.
+        grad: the gradient, same shape and dtype, real or complex.
+        rate: ``r``, at least 0, in units of 1 / gradient squared; if normalized, without unit.
+        momentum: ``alpha``, above 0.
+        normalized: count the rate in units of ``alpha / |g|**2``.
+
+    Returns:
+        The term, of ``buf``'s shape and dtype. Products run over the smaller of ``out`` and ``in``.
+    """
+    rows, columns = grad.shape[-2:]
+    if rows * columns == 0:
+        return torch.zeros_like(buf)
+    dtype = buf.dtype
+    if dtype == torch.float16:  # where products of 1e3 overflow
+        buf, grad = buf.float(), grad.float()
+    dims, half = (-2, -1), grad.dtype == torch.bfloat16
+    wide = torch.float32 if half else None
+    # The term does not depend on this scale, so autograd need not see it.
+    total = grad.detach().abs().sum(dims, keepdim=True, dtype=wide)
+    scale = (total / (rows * columns)).clamp(min=torch.finfo(grad.dtype).tiny)
+    unit = grad / scale.to(grad.dtype) if half else grad / scale
+    square = torch.linalg.vector_norm(unit, dim=dims, keepdim=True, dtype=wide) ** 2
+    if normalized:
+        factor = momentum * (rate / (1 + rate)) / square.clamp(min=1)
+    else:
+        factor = momentum / (momentum / (scale * rate * scale) + square)
+    if half:
+        factor = factor.to(dtype)
+    if rows <= columns:
+        term: Tensor = ((buf @ unit.mH) * factor) @ unit
+    else:
+        term = buf @ ((unit.mH @ unit) * factor)
+    return term.to(dtype)
+
+
+def delta_momentum(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    delta_rate: float,
+    normalized: bool = False,
+    weight_decay: float | Tensor = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> MomentumState:
+    r"""One update of Delta Momentum.
+
+    .. math::
+        b \leftarrow b\,(\alpha I - \rho\, g^\dagger g) + g, \qquad
+        \theta \leftarrow \theta - \eta b
+
+    It is gradient descent on an L2 regression, where plain momentum descends on a dot product:
+    what the buffer already says along ``g`` is taken off before ``g`` is added. The paper gives the
+    decay no rate, which long gradients make unstable; see :func:`delta_term` for :math:`\rho`. A
+    tensor of more than two dimensions is the matrix ``(out, rest)``, one of fewer a single row.
+
+    Args:
+        param: the parameter, any shape.
+        grad: its gradient, same shape and dtype.
+        momentum_buffer: ``b``, same shape; zeros before the first update, which makes it ``g``.
+        lr: learning rate ``eta``, a number or a tensor of one element.
+        momentum: decay rate ``alpha`` of the buffer.
+        delta_rate: ``r``; 0 is SGD with momentum.
+        normalized: count ``r`` in units of ``alpha / |g|**2``.
+        weight_decay: weight of SGD's L2 penalty, or with ``decoupled`` of a decay like AdamW's.
+        decoupled: shrink the parameter instead of adding to the gradient.
+        maximize: ascend.
+
+    Returns:
+        The new parameter and buffer.
+    """
+    param, grad = decay(
+        param, grad, lr=lr, weight_decay=weight_decay, decoupled=decoupled, maximize=maximize
+    )
+    old = momentum_buffer
+    momentum_buffer = torch.add(old * momentum, grad)
+    if delta_rate and momentum:
+        term = delta_term(
+            as_matrix(old),
+            as_matrix(grad),
+            rate=delta_rate,
+            momentum=momentum,
+            normalized=normalized,
+        )
+        momentum_buffer = momentum_buffer - term.reshape(old.shape)
+    return MomentumState(descend(param, momentum_buffer, lr), momentum_buffer)
