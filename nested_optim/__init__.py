@@ -5,6 +5,7 @@ After *Nested Learning: The Illusion of Deep Learning Architectures* (arXiv 2512
 
 from ._version import __version__
 from .describe import describe
+from .dgd import DGD
 from .nested import NestedOptimizer
 from .param_groups import (
     build_param_groups,
@@ -15,6 +16,7 @@ from .param_groups import (
 )
 
 __all__ = [
+    "DGD",
     "NestedOptimizer",
     "__version__",
     "build_param_groups",

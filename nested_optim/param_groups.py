@@ -38,6 +38,7 @@ _KNOWN_KEYS = (
     "match", "frequency", "lr", "lr_mult", "weight_decay", "name", "betas", "eps", "amsgrad",
     "window", "decoupled", "state_dtype", "maximize", "foreach", "capturable", "differentiable",
     "fused", "algorithm", "slow_frequency", "alpha", "ns_steps", "momentum", "nesterov",
+    "base", "batch", "decay", "max_tokens", "reduction", "window_samples",
 )
 # fmt: on
 _OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay"}  # no close matches for difflib

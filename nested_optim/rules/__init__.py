@@ -5,6 +5,7 @@ torch.
 """
 
 from .adamw import adamw, bias_corrections
+from .dgd import dgd, input_decay, sgd
 from .kahan import kahan_join, kahan_split
 
-__all__ = ["adamw", "bias_corrections", "kahan_join", "kahan_split"]
+__all__ = ["adamw", "bias_corrections", "dgd", "input_decay", "kahan_join", "kahan_split", "sgd"]

@@ -133,6 +133,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], set[str]]:
             monkeypatch.setattr(module, name, signing)
 
         for prefix in PREFIXES:
+            if prefix == "_fused_" and "fused" not in case.info.supported_impls:
+                continue
             watched(module_name, prefix + suffix, prefix)
         if case.info.kernels and case.info.has_kernels_on(case.device):
             watched(case.info.kernels, "step", KERNELS)
