@@ -7,6 +7,7 @@ from ._version import __version__
 from .deep_momentum import DeepMomentum
 from .delta_momentum import DeltaMomentum
 from .describe import describe
+from .dgd import DGD
 from .m3 import M3
 from .matrix_groups import matrix_groups
 from .nested import NestedOptimizer
@@ -19,6 +20,7 @@ from .param_groups import (
 )
 
 __all__ = [
+    "DGD",
     "M3",
     "DeepMomentum",
     "DeltaMomentum",

@@ -177,6 +177,12 @@ class LevelOptimizer(Optimizer, abc.ABC):
         parameter's dtype or a wider one, not to be written to.
         """
 
+    def _on_gradients(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """A gradient of each of these is about to enter its window.
+
+        For a subclass to note what came with it. Not called where the fused kernels run.
+        """
+
     def _state_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         """The dtype of a parameter's moments: its own, or the group's ``state_dtype``."""
         name = group.get("state_dtype")

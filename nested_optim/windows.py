@@ -47,6 +47,7 @@ def advance(
             direct.append((p, grad))
         else:
             windowed.append((p, grad))
+    optimizer._on_gradients(group, [p for p, _ in (*direct, *windowed)])
 
     if windowed and (group["capturable"] or torch.compiler.is_compiling()):
         _advance_on_device(optimizer, group, windowed)

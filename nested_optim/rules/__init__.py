@@ -7,6 +7,7 @@ torch.
 from .adamw import adamw, bias_corrections
 from .deep_momentum import deep_momentum
 from .delta_momentum import as_matrix, delta_momentum, delta_term
+from .dgd import dgd, input_decay, sgd
 from .kahan import kahan_join, kahan_split
 from .m3 import ADJUST_LR, lr_factor, m3, m3_direction, m3_momenta, m3_paper
 from .matrix_form import MatrixForm
@@ -42,7 +43,9 @@ __all__ = [
     "deep_momentum",
     "delta_momentum",
     "delta_term",
+    "dgd",
     "initial_memory",
+    "input_decay",
     "kahan_join",
     "kahan_split",
     "lr_factor",
@@ -59,5 +62,6 @@ __all__ = [
     "newton_schulz",
     "ns_schedule",
     "prediction_loss",
+    "sgd",
     "trusted_direction",
 ]

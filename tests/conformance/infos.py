@@ -22,7 +22,7 @@ from torch.testing._internal.common_optimizers import (
     optim_inputs_func_adam,
 )
 
-from nested_optim import M3, DeepMomentum, DeltaMomentum, NestedOptimizer, kernels
+from nested_optim import DGD, M3, DeepMomentum, DeltaMomentum, NestedOptimizer, kernels
 
 #: The name under which a class's own kernels count among its functional paths.
 KERNELS = "kernels"
@@ -389,6 +389,68 @@ MOMENTUM: dict[str, Any] = {
     "monotonic_updates": 4,
 }
 
+
+class PlainDGD(DGD):
+    """DGD without decay unless told otherwise: the checks have parameters, but no layers."""
+
+    def __init__(self, *args: Any, decay: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, decay=decay, **kwargs)
+
+
+class AdamWDGD(PlainDGD):
+    """The same on AdamW's step."""
+
+    def __init__(self, *args: Any, base: str = "adamw", **kwargs: Any) -> None:
+        super().__init__(*args, base=base, **kwargs)
+
+
+def dgd_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    return [
+        options("default"),
+        options("non-default lr", lr=2e-3),
+        options("weight_decay, maximize", weight_decay=0.1, maximize=True),
+        options("mean of 2", frequency=2, weight_decay=0.0),
+        options("sum of 2, weight_decay", frequency=2, window="sum", weight_decay=0.1),
+        options("float32 state", state_dtype=torch.float32, weight_decay=0.1),
+    ]
+
+
+def dgd_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    return [
+        *level_error_inputs(device, dtype),
+        bad("negative decay", ValueError, "Invalid decay: -1.0", decay=-1.0),
+        bad("infinite decay", ValueError, "Invalid decay: inf", decay=float("inf")),
+        bad("decay from YAML", ValueError, "Invalid decay: '1e-4'", decay="1e-4"),
+        bad("boolean decay", ValueError, "Invalid decay: True", decay=True),
+        bad("decay without a model", ValueError, "pass the model.*or decay=0", decay=0.5),
+        bad("unknown base", ValueError, "Invalid base: 'lion'.*sgd, adamw", base="lion"),
+        bad("unknown batch", ValueError, "Invalid batch: 'all'.*mean, exact", batch="all"),
+        bad("unknown reduction", ValueError, "Invalid reduction", reduction="none"),
+        bad("exact AdamW", ValueError, "needs base='sgd'", base="adamw", batch="exact"),
+        bad("amsgrad without moments", ValueError, "amsgrad", base="sgd", amsgrad=True),
+        bad("no tokens", ValueError, "Invalid max_tokens: 0", max_tokens=0),
+        bad("no samples", ValueError, "Invalid window_samples: 1.5", window_samples=1.5),
+        bad("capturable", RuntimeError, "shapes in a CUDA graph are fixed", capturable=True),
+        bad("fused", RuntimeError, "no fused kernel", fused=True),
+        bad(
+            "differentiable decay",
+            RuntimeError,
+            "`differentiable` needs decay=0",
+            differentiable=True,
+            decay=1.0,
+        ),
+    ]
+
+
+def without_capture(inputs: Inputs) -> Inputs:
+    """The same inputs less those for CUDA graphs."""
+
+    def eager(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+        return [i for i in inputs(device, dtype) if not i.kwargs.get("capturable")]
+
+    return eager
+
+
 INFOS: list[Info] = [
     Info(
         NestedOptimizer,
@@ -443,6 +505,30 @@ INFOS: list[Info] = [
         optim_error_inputs_func=momentum_error_inputs,
         functional=("nested_optim.deep_momentum", "deepmomentum"),
         **MOMENTUM,
+    ),
+    Info(
+        PlainDGD,
+        optim_inputs_func=explicit(dgd_inputs, weight_decay=0.0),
+        optim_error_inputs_func=dgd_error_inputs,
+        supported_impls=("foreach", "differentiable"),
+        supports_fused_on=(),
+        has_capturable_arg=False,
+        default_path={"cpu": "_multi_tensor_", "cuda": "_multi_tensor_"},
+        functional=("nested_optim.dgd", "dgd"),
+        strided=("forloop", "foreach"),
+    ),
+    Info(
+        AdamWDGD,
+        optim_inputs_func=explicit(without_capture(nested_inputs), weight_decay=0.0),
+        optim_error_inputs_func=dgd_error_inputs,
+        references=(Reference(AdamW, {}), Reference(Adam, {"decoupled": False})),
+        supported_impls=("foreach", "differentiable"),
+        supports_fused_on=(),
+        has_capturable_arg=False,
+        default_path={"cpu": "_multi_tensor_", "cuda": "_multi_tensor_"},
+        functional=("nested_optim.nested", "nestedoptimizer"),
+        differentiable_options=("lr", "weight_decay", "betas"),
+        strided=("forloop", "foreach"),
     ),
     # The suite's own check: what torch's optimizer fails is no conformance.
     Info(
