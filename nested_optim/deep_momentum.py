@@ -364,7 +364,7 @@ DeepMomentum.__doc__ = rf"""SGD whose momentum is a memory, trained on the gradi
     learns the gradients of the path that it is on, and lags behind when they change. The paper
     gives no sizes and no training: features, network and objective are our choices. It costs three
     tensors of the parameter's size, and per update about 10 operations and a tanh per hidden unit
-    and coordinate: on one CPU core 0.1 microseconds per coordinate, a hundred times SGD.
+    and coordinate (``python -m benchmarks rules cost``).
 
     Args:
         params (iterable): parameters, ``(name, parameter)`` pairs, or dicts of groups, each of

@@ -161,8 +161,7 @@ DeltaMomentum.__doc__ = rf"""SGD whose momentum forgets along the gradient befor
     :math:`\sqrt{{1 + \alpha}}` then makes the buffer grow without end. Here :math:`\rho` shrinks so
     that :math:`\rho |g|^2 < \alpha` for every gradient, and the buffer stays within
     :math:`\max |g| / (1 - \alpha)` as plain momentum's does. |g| is the Frobenius norm, which is
-    the spectral norm for a vector, and was 1.0 to 1.5 times it for the gradients of small MLPs and
-    CNNs that we looked at.
+    at least the spectral norm, and equal to it for a vector.
 
     When it helps: where a momentum that is large enough to be fast overshoots, for it lets go of
     what the present gradient contradicts. It does not help where gradients agree (there momentum

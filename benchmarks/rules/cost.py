@@ -1,0 +1,206 @@
+"""What the rules cost: DGD beside a forward and backward pass, momentum methods beside SGD.
+
+The methods of a part are timed in turn, step by step, so that what else the machine does hits all
+alike; medians. On CUDA times are the device's, between events.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from nested_optim import DGD, DeepMomentum, DeltaMomentum
+
+
+class Preset(NamedTuple):
+    layers: int
+    width: int
+    vocabulary: int
+    batch: int
+    length: int
+
+
+PRESETS = {
+    "tiny": Preset(1, 32, 64, 2, 16),
+    "small": Preset(4, 256, 512, 4, 1024),
+    "gpt2": Preset(12, 768, 50304, 8, 1024),
+}
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with the four matrices of GPT-2's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 64)
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return out
+
+
+class Model(nn.Module):
+    """A decoder with an untied head."""
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(preset.vocabulary, preset.width)
+        self.blocks = nn.Sequential(*(Block(preset.width) for _ in range(preset.layers)))
+        self.head = nn.Linear(preset.width, preset.vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(self.embedding(tokens)))
+        return out
+
+
+class Clock:
+    """Seconds that a call takes: the device's on CUDA."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+
+    def __call__(self, work: Callable[[], Any]) -> float:
+        if not self.cuda:
+            started = time.perf_counter()
+            work()
+            return time.perf_counter() - started
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        torch.cuda.synchronize()
+        events[0].record()
+        work()
+        events[1].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3
+
+
+def measure(preset: str, device: str, seconds: float) -> dict[str, Any]:
+    """Both parts; ``seconds`` of measuring for each."""
+    sizes = PRESETS[preset]
+    return {
+        "preset": {"name": preset, **sizes._asdict()},
+        "device": device,
+        "training": _training(sizes, device, seconds),
+        "steps": _steps(sizes, device, seconds),
+    }
+
+
+def _training(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
+    """A whole training step with DGD and without, and the parts of the one without."""
+    tokens = torch.randint(sizes.vocabulary, (sizes.batch, sizes.length + 1), device=device)
+    clock = Clock(device)
+    members: dict[str, tuple[Model, Optimizer]] = {}
+    for name, build in _TRAINING.items():
+        torch.manual_seed(0)
+        model = Model(sizes).to(device)
+        members[name] = (model, build(model))
+
+    def loss_backward(model: Model) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=clock.cuda):
+            logits = model(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+
+    def once(model: Model, optimizer: Optimizer) -> tuple[float, float]:
+        both = clock(lambda: loss_backward(model)), clock(optimizer.step)
+        optimizer.zero_grad()
+        return both
+
+    times = _in_turn({n: lambda m=m: once(*m) for n, m in members.items()}, seconds)  # type: ignore[misc]
+    passes = statistics.median(a for a, _ in times["SGD"])
+    rows = {}
+    for name, pairs in times.items():
+        base = times["AdamW" if "adamw" in name else "SGD"]
+        whole = statistics.median(a + b for a, b in pairs)
+        rows[name] = {
+            "passes_ms": 1e3 * statistics.median(a for a, _ in pairs),
+            "step_ms": 1e3 * statistics.median(b for _, b in pairs),
+            "extra_share": (whole - statistics.median(a + b for a, b in base)) / passes,
+        }
+    return rows
+
+
+_TRAINING: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "SGD": lambda m: SGD(m.parameters(), lr=1e-4),
+    "AdamW": lambda m: AdamW(m.parameters(), lr=1e-4),
+    "DGD": lambda m: DGD(m, lr=1e-4),
+    "DGD, adamw": lambda m: DGD(m, lr=1e-4, base="adamw"),
+    "DGD, 256 inputs": lambda m: DGD(m, lr=1e-4, max_tokens=256),
+    "DGD, all inputs": lambda m: DGD(m, lr=1e-4, max_tokens=2**24),
+}
+
+
+def _steps(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
+    """Steps of the momentum methods on the same gradients."""
+    clock = Clock(device)
+    fused = {"fused": True} if clock.cuda else {}
+    builds: dict[str, Callable[[Any], Optimizer]] = {
+        "SGD, momentum": lambda p: SGD(p, lr=1e-4, momentum=0.9, **fused),
+        "DeltaMomentum": lambda p: DeltaMomentum(p, lr=1e-4),
+        "DeepMomentum": lambda p: DeepMomentum(p, lr=1e-4),
+    }
+    members = {}
+    for name, build in builds.items():
+        torch.manual_seed(0)
+        params = list(Model(sizes).to(device).parameters())
+        for p in params:
+            p.grad = torch.randn_like(p)
+        members[name] = build(params)
+    times = _in_turn({n: lambda o=o: clock(o.step) for n, o in members.items()}, seconds)  # type: ignore[misc]
+    reference = statistics.median(times["SGD, momentum"])
+    return {
+        name: {
+            "step_ms": 1e3 * statistics.median(values),
+            "ratio": statistics.median(values) / reference,
+        }
+        for name, values in times.items()
+    }
+
+
+def _in_turn(works: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[Any]]:
+    """Each work's results, one of each in turn, at least three, after one that does not count."""
+    for work in works.values():
+        work()
+    results: dict[str, list[Any]] = {name: [] for name in works}
+    started = time.perf_counter()
+    while len(results[next(iter(works))]) < 3 or time.perf_counter() - started < seconds:
+        for name, work in works.items():
+            results[name].append(work())
+    return results
+
+
+def tables(document: dict[str, Any]) -> list[Table]:
+    preset, device = document["preset"], document["device"]
+    size = f"{preset['layers']} layers of {preset['width']}, {preset['batch']} x {preset['length']}"
+    training = Table(title=f"one training step, {size}, {device}")
+    for title in ("optimizer", "forward and backward", "step", "extra, share of the passes"):
+        training.add_column(title, justify="left" if title == "optimizer" else "right")
+    for name, row in document["training"].items():
+        training.add_row(
+            name,
+            f"{row['passes_ms']:.1f} ms",
+            f"{row['step_ms']:.1f} ms",
+            f"{100 * row['extra_share']:.0f} %",
+        )
+    steps = Table(title=f"a step of the momentum methods on the same tensors, {device}")
+    for title in ("optimizer", "step", "ratio to SGD"):
+        steps.add_column(title, justify="left" if title == "optimizer" else "right")
+    for name, row in document["steps"].items():
+        steps.add_row(name, f"{row['step_ms']:.1f} ms", f"{row['ratio']:.2f}")
+    return [training, steps]
