@@ -289,6 +289,14 @@ def nested_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerI
     ]
 
 
+def inherited_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    """A few of NestedOptimizer's, for classes that inherit its rule."""
+    inputs = [*few_adam_inputs(device, dtype), *window_inputs(device)]
+    for entry in inputs if dtype == torch.float16 else ():
+        entry.kwargs["eps"] = 0.1
+    return inputs
+
+
 class M3WithoutMatrices(M3):
     """M3 whose groups follow AdamW's rule unless they say otherwise."""
 
@@ -477,7 +485,7 @@ INFOS: list[Info] = [
     Info(
         M3WithoutMatrices,
         kernels="nested_optim.kernels.level_adamw",
-        optim_inputs_func=explicit(nested_inputs, weight_decay=0.0),
+        optim_inputs_func=explicit(inherited_inputs, weight_decay=0.0),
         optim_error_inputs_func=nested_error_inputs,
         references=(Reference(AdamW, {}),),
         functional=("nested_optim.nested", "nestedoptimizer"),
@@ -519,9 +527,9 @@ INFOS: list[Info] = [
     ),
     Info(
         AdamWDGD,
-        optim_inputs_func=explicit(without_capture(nested_inputs), weight_decay=0.0),
+        optim_inputs_func=explicit(without_capture(inherited_inputs), weight_decay=0.0),
         optim_error_inputs_func=dgd_error_inputs,
-        references=(Reference(AdamW, {}), Reference(Adam, {"decoupled": False})),
+        references=(Reference(AdamW, {}),),
         supported_impls=("foreach", "differentiable"),
         supports_fused_on=(),
         has_capturable_arg=False,
