@@ -28,6 +28,7 @@ from ..output import STYLE
 OUTPUTS = 16
 #: Half a decade apart, for methods whose steps scale with gradients and those whose do not.
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+SMALLEST = 1e-6  # that a logarithmic axis shows
 COLUMNS = ("learnt", "final", "forgetting")
 
 
@@ -218,41 +219,34 @@ def table(results: dict[str, Any], problem: Problem) -> Table:
     for title in ("method", "lr", "right after each task", "after all tasks", "forgotten"):
         drawn.add_column(title, justify="left" if title == "method" else "right")
     for row in results.values():
-        cells = [f"{row[key]['mean']:.4f} ±{row[key]['sd']:.4f}" for key in COLUMNS]
+        cells = [f"{row[key]['mean']:.2g} ±{row[key]['sd']:.1g}" for key in COLUMNS]
         drawn.add_row(row["label"], f"{row['lr']:g}{' (edge)' * row['at_edge']}", *cells)
     return drawn
 
 
 def draw(results: dict[str, Any], problem: Problem, path: Path) -> None:
-    """Forgetting beside what was learnt, and the first task's loss through the whole stream."""
+    """What is left beside what was learnt, and the first task's loss through the whole stream."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for i, (key, row) in enumerate(results.items()):
-            colour = METHODS[key].colour
-            left.barh(i, row["learnt"]["mean"], color=colour, height=0.7)
-            left.barh(
-                i,
-                row["final"]["mean"] - row["learnt"]["mean"],
-                left=row["learnt"]["mean"],
-                xerr=row["final"]["sd"],
-                color=colour,
-                alpha=0.35,
-                height=0.7,
-                capsize=3,
-            )
-            first = [losses[0] for losses in row["curve"]]
-            right.plot(
-                [10 * step for step in range(len(first))], first, color=colour, label=row["label"]
-            )
-        left.set_yticks(range(len(results)), [row["label"] for row in results.values()])
-        left.invert_yaxis()
-        left.set_xlim(0, 1.05)
-        left.set_title("loss right after each task (solid), and what forgetting adds (pale)")
+        for key, row in results.items():
+            method = METHODS[key]
+            x, y = (max(row[name]["mean"], SMALLEST) for name in ("learnt", "final"))
+            spreads = [min(row[name]["sd"], 0.9 * v) for name, v in (("learnt", x), ("final", y))]
+            left.errorbar(x, y, xerr=spreads[0], yerr=spreads[1], fmt="o", color=method.colour)
+            first = [max(losses[0], SMALLEST) for losses in row["curve"]]
+            steps = range(0, 10 * len(first), 10)
+            right.plot(steps, first, color=method.colour, label=method.label)
+        ends = (SMALLEST, 1.0)
+        left.plot(ends, ends, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
+        left.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+        left.set_xlabel("loss right after each task")
+        left.set_ylabel("loss after all tasks")
+        left.set_title("above the line: forgotten; below: learnt later")
         right.set_yscale("log")
         for task in range(1, problem.tasks):
             right.axvline(task * problem.steps, color="#999999", linewidth=0.5)
-        right.set_title("loss of the first task through the stream, one seed")
+        right.set_title("loss of the first task, one seed")
         right.set_xlabel("step (lines: a new task begins)")
-        right.legend(fontsize=8)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         figure.savefig(path, dpi=110)
