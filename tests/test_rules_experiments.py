@@ -109,10 +109,10 @@ def test_the_orthogonal_command_writes_its_numbers_and_picture(tmp_path):
 
 
 def test_the_cost_command_measures_all_parts(tmp_path):
-    arguments = ["cost", "--preset", "tiny", "--seconds", "0", "--device", "cpu"]
+    arguments = ["cost", "--quick", "--device", "cpu"]
     result = CliRunner().invoke(rules, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    document = json.loads((tmp_path / "rules-cost-cpu-tiny.json").read_text())
+    document = json.loads((tmp_path / "rules-cost-quick.json").read_text())
     training, steps = document["training"], document["steps"]
     assert set(training) == set(cost._TRAINING) and training["SGD"]["extra_share"] == 0
     assert all(row["passes_ms"] > 0 and row["step_ms"] > 0 for row in training.values())

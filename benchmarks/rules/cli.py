@@ -138,16 +138,21 @@ def orthogonal_command(
     type=click.Path(file_okay=False, path_type=Path),
     default=RESULTS,
     show_default="benchmarks/results of this checkout",
-    help="Folder for rules-cost-<device>.json.",
+    help="Folder for rules-cost-<device>-<preset>.json (with --quick rules-cost-quick.json).",
 )
-def cost_command(preset: str | None, seconds: float, device: str | None, out: Path) -> None:
+@click.option("--quick", is_flag=True, help="The tiny preset, three steps: a look.")
+def cost_command(
+    preset: str | None, seconds: float, device: str | None, out: Path, quick: bool
+) -> None:
     """What DGD adds to a training step, and DeltaMomentum and DeepMomentum to SGD's."""
     console = Console() if Console().is_terminal else Console(width=120)
     out.mkdir(parents=True, exist_ok=True)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = preset or ("gpt2" if kind == "cuda" else "small")
+    if quick:
+        preset, seconds = "tiny", 0.0
     document = {**cost.measure(preset, kind, seconds), "machine": report.machine()}
-    name = f"rules-cost-{kind}-{preset}"
+    name = "rules-cost-quick" if quick else f"rules-cost-{kind}-{preset}"
     write_json(document, out / f"{name}.json")
     for table in cost.tables(document):
         console.print(table)
