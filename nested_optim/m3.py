@@ -323,7 +323,9 @@ class M3(NestedOptimizer):
                 work.append(p.to(dtype))
             wide_grads.append(grad.to(dtype))
         foreach = self._uses_foreach(group, params)
-        together = [i for i, p in enumerate(work) if foreach and reads_in_place(p, group)]
+        together = [
+            i for i, p in enumerate(work) if foreach and reads_in_place(p, states[i], group)
+        ]
         alone = [i for i in range(len(work)) if i not in set(together)]
         for indices, path in ((alone, _single_tensor_m3), (together, _multi_tensor_m3)):
             if indices:

@@ -34,11 +34,15 @@ def ns_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     return ns_dtype_for(param, resolve_dtype(name) if name is not None else None)
 
 
-def reads_in_place(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the parameter's matrices are views of its own memory, on this device."""
+def reads_in_place(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+    """Whether matrices of the parameter, and of its state, are views of their own memory here."""
     if is_dtensor(param):
         return False
-    return param.ndim == 2 or group["flatten"] is False or param.is_contiguous()
+    if param.ndim == 2 or group["flatten"] is False:
+        return True
+    # A checkpoint may bring state of another memory format.
+    written = (param, state.get("slow_update"), state.get("second_moment"))
+    return all(t.is_contiguous() for t in written if t is not None)
 
 
 _OPTIONS = ("betas", "alpha", "slow_frequency", "eps", "weight_decay", "maximize")

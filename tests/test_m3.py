@@ -479,6 +479,25 @@ class TestShapes:
         assert last.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_state_of_another_memory_format_goes_on_as_it_was():
+    options = {"lr": 0.05, "slow_frequency": 2, "second_moment": "element", "foreach": True}
+    [plain] = make_params((6, 2, 3, 3))
+    last = Parameter(plain.detach().clone(memory_format=torch.channels_last))
+    optimizer = M3([last], **options)
+    grads = [random_grads([plain], seed) for seed in range(8)]
+    for seed in range(3):
+        step_with(optimizer, [last], grads[seed])
+    with torch.no_grad():
+        plain.copy_(last)
+    resumed = M3([plain], **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert not resumed.state[plain]["slow_update"].is_contiguous()
+    for seed in range(3, 8):
+        step_with(optimizer, [last], grads[seed])
+        step_with(resumed, [plain], grads[seed])
+    torch.testing.assert_close(plain.detach(), last.detach(), rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------- levels, phases
 
 
