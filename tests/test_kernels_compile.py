@@ -11,15 +11,19 @@ MODULE = "nested_optim.kernels.level_adamw"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.fixture
-def for_gpus(monkeypatch):
-    """The kernels' module as it is without an interpreter."""
+def without_interpreter(name, monkeypatch):
+    """A module of kernels as it is without an interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    origin = importlib.util.find_spec(MODULE).origin
-    spec = importlib.util.spec_from_file_location(MODULE + "_for_gpus", origin)
+    origin = importlib.util.find_spec(name).origin
+    spec = importlib.util.spec_from_file_location(name + "_for_gpus", origin)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def for_gpus(monkeypatch):
+    return without_interpreter(MODULE, monkeypatch)
 
 
 def lines_of_ptx(kernel, kinds, constants, warps):
@@ -66,3 +70,16 @@ def test_the_counters_compile(scaled, flush, for_gpus):
         dict.fromkeys(("grad_scale", "found_inf"), "*fp32" if scaled else None)
     )
     assert any("st.global" in line for line in lines_of_ptx(for_gpus.advance, kinds, constants, 4))
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("even", [True, False])
+def test_symmetric_products_compile_to_tensor_core_instructions(even, monkeypatch):
+    module = without_interpreter("nested_optim.kernels.symmetric", monkeypatch)
+    kinds = dict.fromkeys(("a", "b", "plus", "result"), "*fp16")
+    kinds |= {"size": "i32", "depth": "i32"}
+    kinds |= dict.fromkeys(("a_batch", "a_row", "b_batch", "b_row"), "i64")
+    kinds |= dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
+    constants = {"PLUS": True, "EVEN": even, "TILE": module.TILE, "DEPTH": module.DEPTH}
+    lines = lines_of_ptx(module.product_kernel, kinds, constants, module.NUM_WARPS)
+    assert any("wgmma.mma_async" in line for line in lines)
