@@ -16,6 +16,10 @@ SUITES = {
         "benchmarks.kernels.cli:kernels",
         "Time, memory and bandwidth of one step, beside other optimizers.",
     ),
+    "matrices": (
+        "benchmarks.matrices:matrices",
+        "M3's step and its Newton-Schulz, beside torch's Muon.",
+    ),
     "precision": (
         "benchmarks.precision:precision",
         "bfloat16 parameters with and without Kahan sums, on digits.",
