@@ -32,7 +32,7 @@ def test_every_contestant_is_near_the_rule_and_a_wrong_one_is_refused(monkeypatc
             super()._update(group, params, [-grad for grad in grads])
 
     monkeypatch.setitem(suite.CONTESTANTS, "M3", lambda p: Uphill(p, ns_dtype="bfloat16"))
-    with pytest.raises(click.ClickException, match="M3 is .* of its movement away from the rule"):
+    with pytest.raises(click.ClickException, match=r"M3 is .* of its movement away from"):
         suite.check(CPU)
 
 
