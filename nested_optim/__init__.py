@@ -18,6 +18,7 @@ from .param_groups import (
     group_titans_params,
     infer_param_depth,
 )
+from .weight_memory import WeightMemory
 
 __all__ = [
     "DGD",
@@ -25,6 +26,7 @@ __all__ = [
     "DeepMomentum",
     "DeltaMomentum",
     "NestedOptimizer",
+    "WeightMemory",
     "__version__",
     "build_param_groups",
     "count_layers",

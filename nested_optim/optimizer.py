@@ -1,5 +1,4 @@
-"""What all optimizers of this package share: options, windows, the step protocol, checkpoints,
-hooks.
+"""What all optimizers of this package share: options, windows, steps, checkpoints, hooks.
 
 A subclass declares its options in ``defaults``, checks them in
 :meth:`LevelOptimizer._check_options`, creates its per-parameter tensors in
@@ -31,17 +30,18 @@ from torch.utils.hooks import RemovableHandle
 from . import checkpoint, kernels, windows
 from .fused import FusedSteps, Work, serves
 from .levels import check_frequency, check_window
+from .memory_levels import MEMORY_OPTIONS
 from .tensors import capturing, laid_out_like, resolve_dtype
 
 #: what ``torch.optim`` optimizers accept
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-#: dtypes in which small additions to a parameter are lost
+#: dtypes in which additions are lost
 NARROW = (torch.bfloat16, torch.float16)
 
 _EXTRA_GROUP_KEYS = frozenset(
     {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale"}
-)
+) | set(MEMORY_OPTIONS)
 
 
 def _hooked_when_needed(step: Callable[..., Any]) -> Callable[..., Any]:

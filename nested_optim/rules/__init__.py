@@ -8,6 +8,7 @@ from .adamw import adamw, bias_corrections
 from .deep_momentum import deep_momentum
 from .delta_momentum import as_matrix, delta_momentum, delta_term
 from .dgd import dgd, input_decay, sgd
+from .exchange import exchange
 from .kahan import kahan_join, kahan_split
 from .m3 import ADJUST_LR, lr_factor, m3, m3_direction, m3_momenta, m3_paper
 from .matrix_form import MatrixForm
@@ -44,6 +45,7 @@ __all__ = [
     "delta_momentum",
     "delta_term",
     "dgd",
+    "exchange",
     "initial_memory",
     "input_decay",
     "kahan_join",

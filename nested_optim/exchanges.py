@@ -1,0 +1,136 @@
+"""The exchange of weight levels on lists of tensors: in place, on whatever path is fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .levels import check_frequency
+from .rules.exchange import pull_after_write
+from .tensors import local
+
+
+class Settings(NamedTuple):
+    """When and how far neighbouring levels exchange: one entry per slow level."""
+
+    frequencies: tuple[int, ...]
+    write: tuple[float, ...]
+    pull: tuple[float, ...]
+
+    @property
+    def levels(self) -> int:
+        return len(self.frequencies)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the slow levels in a parameter's state."""
+        return tuple(f"memory_{k + 1}" for k in range(len(self.frequencies)))
+
+
+def check_settings(frequencies: Any, write: Any, pull: Any, where: str = "") -> Settings:
+    """These options of a group in canonical form, or an error that says what is wrong.
+
+    A single number serves as ``write`` or ``pull`` of every level.
+    """
+    if isinstance(frequencies, (str, Tensor)) or not isinstance(frequencies, Sequence):
+        raise ValueError(
+            f"{where}memory frequencies must be a sequence of integers, one per slow level, but "
+            f"got {frequencies!r}; () switches the memory off"
+        )
+    checked = tuple(
+        check_frequency(f, f"{where}memory frequencies[{i}]: ") for i, f in enumerate(frequencies)
+    )
+    rates = []
+    for name, given in (("write", write), ("pull", pull)):
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            given = (given,) * len(checked)
+        if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
+            raise ValueError(
+                f"{where}memory {name} must be a number or a sequence of them, but got {given!r}"
+            )
+        if not checked:
+            given = ()  # switched off: the rates are without meaning
+        if len(given) != len(checked):
+            raise ValueError(
+                f"{where}memory {name} has {len(given)} entries for {len(checked)} frequencies: "
+                "give one per slow level, or one number for all"
+            )
+        for i, rate in enumerate(given):
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+                raise ValueError(
+                    f"{where}memory {name}[{i}] must be a number from 0 to 1, but is {rate!r}"
+                )
+        rates.append(tuple(map(float, given)))
+    for i, (w, p) in enumerate(zip(*rates)):
+        if w + p > 1 + 1e-9:
+            raise ValueError(
+                f"{where}memory write[{i}] + pull[{i}] = {w} + {p} exceeds 1: the two levels would "
+                "overshoot each other; lower one of them"
+            )
+    return Settings(checked, rates[0], rates[1])
+
+
+def exchange_(
+    faster: Sequence[Tensor],
+    slower: Sequence[Tensor],
+    write: float,
+    pull: float,
+    comps: Sequence[Tensor | None] = (),
+) -> None:
+    """Apply :func:`rules.exchange` to each pair, in place.
+
+    Args:
+        comps: where given, Kahan compensations of the faster tensors (None for those without).
+    """
+    plain: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for i, (u, v) in enumerate(zip(faster, slower)):
+        u, v, comp = local(u), local(v), comps[i] if comps else None
+        if comp is not None:
+            comp = local(comp)
+            joined = rules.kahan_join(u, comp, torch.float32)
+            new, kept = rules.exchange(joined, v, write=write, pull=pull)
+            rounded, left = rules.kahan_split(new, u.dtype)
+            for tensor, value in ((u, rounded), (comp, left), (v, kept)):
+                tensor.copy_(value)
+            continue
+        if u.is_complex():
+            u, v = torch.view_as_real(u), torch.view_as_real(v)
+        us, vs = plain.setdefault((u.device, u.dtype, v.dtype), ([], []))
+        us.append(u)
+        vs.append(v)
+    rate = pull_after_write(write, pull)
+    for (_, u_dtype, v_dtype), (us, vs) in plain.items():
+        wide = torch.promote_types(torch.promote_types(u_dtype, v_dtype), torch.float32)
+        if u_dtype == v_dtype == wide:
+            torch._foreach_lerp_(vs, us, write)
+            if rate == 1:
+                torch._foreach_copy_(us, vs)
+            elif rate:
+                torch._foreach_lerp_(us, vs, rate)
+            continue
+        work_u, work_v = [u.to(wide) for u in us], [v.to(wide) for v in vs]
+        new_v = torch._foreach_lerp(work_v, work_u, write)
+        if rate:
+            torch._foreach_copy_(us, torch._foreach_lerp(work_u, new_v, rate))
+        torch._foreach_copy_(vs, new_v)
+
+
+def exchange_where_(
+    faster: Sequence[Tensor],
+    slower: Sequence[Tensor],
+    write: float,
+    pull: float,
+    gate: Tensor,
+    comps: Sequence[Tensor | None] = (),
+) -> None:
+    """The same where ``gate`` (bool, 0-d, on a device that the host is not to wait for) is true."""
+    olds = [[t.clone() for t in tensors if t is not None] for tensors in (faster, slower, comps)]
+    exchange_(faster, slower, write, pull, comps)
+    for tensors, old in zip((faster, slower, comps), olds):
+        for tensor, before in zip((t for t in tensors if t is not None), old):
+            here = local(tensor)
+            here.copy_(torch.where(gate.to(here.device), here, local(before)))

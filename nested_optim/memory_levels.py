@@ -1,0 +1,129 @@
+"""The levels of a weight memory as tensors: their keys, dtypes and mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint import find_state_probes
+from .tensors import resolve_dtype
+
+#: options of a memory that ride in each param group
+MEMORY_OPTIONS = ("memory_frequencies", "memory_write", "memory_pull", "memory_dtype")
+#: the steps that a memory has seen, in a parameter's state
+COUNT = "memory_count"
+
+
+class Preset(NamedTuple):
+    """Settings under a name, with the level to read out that they were found with."""
+
+    frequencies: tuple[int, ...]
+    write: tuple[float, ...]
+    pull: tuple[float, ...]
+    read: int
+
+
+#: Settings for streams of tasks: without replay, and with replay.
+PRESETS = {
+    "continual": Preset((10, 50), (0.5, 0.5), (0.5, 0.5), 0),
+    "replay": Preset((1, 10), (0.01, 0.1), (0.0, 0.0), 1),
+}
+
+
+def level_key(level: int) -> str:
+    """The key of a slow level (1, 2, ...) in a parameter's state."""
+    return f"memory_{level}"
+
+
+def resolve_level(level: Any, n_slow: int, where: str) -> int:
+    """``level`` as a number from 0 (live) to ``n_slow``; 0 in a group that has no copies.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    if isinstance(level, bool) or not isinstance(level, int):
+        raise ValueError(
+            f"level must be an integer, 'mean', or one weight per level, but is {level!r}"
+        )
+    size = n_slow + 1
+    if n_slow and not -size <= level < size:
+        raise ValueError(
+            f"there is no level {level} in {where}, which has the live weights (0) and {n_slow} "
+            "slow ones"
+        )
+    return level % size if n_slow else 0
+
+
+def mixture(level: Any, n_slow: int, where: str) -> list[float]:
+    """The weight of each level in a read-out, live first; they sum to 1.
+
+    Raises:
+        ValueError: no such level, or weights that do not fit.
+    """
+    size = n_slow + 1
+    if level == "mean":
+        return [1 / size] * size
+    if isinstance(level, Sequence) and not isinstance(level, str):
+        if n_slow and len(level) != size:
+            raise ValueError(
+                f"{len(level)} weights were given for the {size} levels of {where}: give one per "
+                "level, the live one first"
+            )
+        if abs(sum(level) - 1) > 1e-6:
+            raise ValueError(f"the weights of levels must sum to 1, but sum to {sum(level)}")
+        return list(level) if n_slow else [1.0]
+    chosen = resolve_level(level, n_slow, where)
+    return [float(k == chosen) for k in range(size)]
+
+
+def is_memory_key(key: Any) -> bool:
+    if not isinstance(key, str) or not key.startswith("memory_"):
+        return False
+    return key == COUNT or key.removeprefix("memory_").isdecimal()
+
+
+def dtype_name(dtype: torch.dtype | str, where: str = "") -> str:
+    return str(resolve_dtype(dtype, f"{where}memory dtype: ")).removeprefix("torch.")
+
+
+def copy_dtype(param: Tensor, name: str | None) -> torch.dtype:
+    if name is None:
+        return torch.promote_types(param.dtype, torch.float32)
+    dtype = resolve_dtype(name)
+    return dtype.to_complex() if param.is_complex() else dtype
+
+
+def make_copy(param: Tensor, name: str | None) -> Tensor:
+    copied = param.detach().clone(memory_format=torch.preserve_format)
+    return copied.to(copy_dtype(param, name))
+
+
+def is_probe(work: list[tuple[dict[str, Any], list[Tensor], list[Any]]]) -> bool:
+    """Whether this step only serves to create state (lr 0, zero gradients)."""
+    if any("lr" not in group for group, params, _ in work if params):
+        return False
+    return find_state_probes({}, work) == {p for _, params, _ in work for p in params}
+
+
+def flat(buffers: list[Tensor]) -> Tensor:
+    wide = [b.detach().reshape(-1).to(buffers[0].device) for b in buffers]
+    dtype = torch.float32
+    for b in wide:
+        dtype = torch.promote_types(dtype, b.dtype)
+    return torch.cat([b.to(dtype) for b in wide])
+
+
+def mix(tensors: Sequence[Tensor], mixture: Sequence[float]) -> Tensor:
+    """The weighted sum of the levels of a parameter, in the widest of their dtypes."""
+    if 1.0 in mixture and sum(map(bool, mixture)) == 1:
+        return tensors[list(mixture).index(1.0)]
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    total = torch.zeros_like(tensors[0], dtype=dtype)
+    for weight, tensor in zip(mixture, tensors):
+        total.add_(tensor.to(dtype), alpha=weight)
+    return total

@@ -1,0 +1,593 @@
+"""WeightMemory: slow copies of the weights that exchange with them, for any torch optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .exchanges import Settings, check_settings, exchange_, exchange_where_
+from .memory_levels import (
+    COUNT,
+    MEMORY_OPTIONS,
+    PRESETS,
+    copy_dtype,
+    dtype_name,
+    flat,
+    is_memory_key,
+    is_probe,
+    level_key,
+    make_copy,
+    mix,
+    mixture,
+    resolve_level,
+)
+from .tensors import capturing, laid_out_like, local
+
+_BUFFERS = "memory_buffers"
+
+
+class WeightMemory:
+    """A continuum memory over the weights: levels of slow copies that exchange with the live ones.
+
+    Attached to an optimizer, it keeps for every parameter the copies u_1, u_2, ... beside the live
+    weights u_0, each with a frequency in optimizer steps. After a step whose number is a multiple
+    of ``frequencies[k]``, levels k and k + 1 exchange, the fastest pair first::
+
+        d = u[k+1] - u[k];   u[k] += pull[k] * d;   u[k+1] -= write[k] * d
+
+    It works with any ``torch.optim.Optimizer`` through its public hooks: nothing else in a training
+    loop changes. The chain of levels with knowledge transfer is that of *Nested Learning*
+    (arXiv 2512.24695, Eq. 70-74), here over the weights; with ``write = pull`` it is the cascade of
+    Benna and Fusi (Nature Neuroscience 2016). One level with ``write = a, pull = 1 - a`` is
+    Lookahead (Zhang et al. 2019); with ``pull = 0`` and frequency 1 an exponential moving average
+    of decay ``1 - write``.
+
+    A copy is made right before the first step that moves its parameter. Steps count for all
+    parameters alike, whether or not they had a gradient; one that ``torch.amp.GradScaler`` skips
+    does not count. All state lies in the optimizer's ``state`` (``memory_count``, ``memory_1``,
+    ``memory_2``, ...) and in ``param_groups``, so ``optimizer.state_dict()`` holds it and
+    ``load_state_dict`` brings it back; attach a memory before loading. A checkpoint without it is
+    loaded as well, and the copies are made anew by the next step. Pickles and deep copies of an
+    optimizer keep the state, but not the attached memory: attach one to the copy.
+
+    Args:
+        optimizer: the optimizer; wrappers (as Accelerate's) are looked through.
+        frequencies: steps between two exchanges of each pair, fastest pair first. Default (10, 50).
+        write: per level, how far the slower copy goes to the faster weights. One number serves all
+            levels. Default 0.5.
+        pull: per level, how far the faster weights go to the slower copy; ``write + pull <= 1``.
+            Default 0.5.
+        dtype: of the copies. Default: the parameter's, but at least float32. With ``bfloat16`` they
+            take half the memory, and small writes are lost to rounding.
+        buffers_from: the module whose floating-point buffers (BatchNorm's statistics) are averaged
+            too: they are written, but never pulled, with the frequencies and rates given here.
+            :meth:`read_out` then swaps them together with the weights.
+        preset: ``"continual"`` or ``"replay"``: settings for what is not given above, and the level
+            that :meth:`read_out` reads by default.
+        capturable: count steps on the accelerator from the start, for CUDA graphs. Default: if a
+            group of the optimizer is ``capturable``.
+
+    A group's own ``memory_frequencies``, ``memory_write``, ``memory_pull`` and ``memory_dtype``
+    come before these, and may be edited in ``param_groups`` at any time; ``memory_frequencies=()``
+    switches a group off and frees its copies.
+
+    Raises:
+        TypeError: no ``torch.optim.Optimizer``.
+        ValueError: a setting is invalid (with the group's name), or the optimizer has a memory.
+
+    Example::
+
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> memory = WeightMemory(optimizer, frequencies=(10, 50))
+        >>> model(torch.randn(8, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> with memory.read_out(level=-1):  # evaluate the slowest copy
+        ...     loss = model(torch.randn(8, 4)).sum()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        frequencies: Sequence[int] | None = None,
+        write: float | Sequence[float] | None = None,
+        pull: float | Sequence[float] | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        buffers_from: nn.Module | None = None,
+        preset: str | None = None,
+        capturable: bool | None = None,
+    ) -> None:
+        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "WeightMemory attaches to a torch.optim.Optimizer, but got "
+                f"{type(optimizer).__name__}"
+            )
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, but is {preset!r}")
+        if memory_of(optimizer) is not None:
+            raise ValueError(
+                f"this {type(optimizer).__name__} has a WeightMemory already: detach() it first"
+            )
+        base = PRESETS[preset][:3] if preset is not None else ((10, 50), 0.5, 0.5)
+        given = (frequencies, write, pull)
+        chosen = [b if g is None else g for g, b in zip(given, base)]
+        own = check_settings(chosen[0], chosen[1], chosen[2])
+        self._buffer_settings = own
+        # Rates that are the same for all levels also serve groups with another number of levels.
+        rates = [r[0] if len(set(r)) == 1 else r for r in own[1:]]
+        self._defaults: dict[str, Any] = {
+            "memory_frequencies": own.frequencies,
+            "memory_write": rates[0],
+            "memory_pull": rates[1],
+            "memory_dtype": None if dtype is None else dtype_name(dtype),
+        }
+        self._read = PRESETS[preset].read if preset is not None else -1
+        self.optimizer = optimizer
+        self._capturable = capturable
+        self._model = buffers_from
+        if buffers_from is not None and not own.levels:
+            raise ValueError("buffers_from needs frequencies: there is no level to average them in")
+        self._checked: dict[tuple[Any, ...], Settings] = {}
+        self._pending: dict[Tensor, dict[str, Tensor]] = {}
+        self._params: list[Tensor] = []
+        self._seen: list[Any] = []
+        self._count: Tensor | None = None
+        self._probe = False
+        self._complete = False
+        self._reading = False
+        self._loading: dict[str, Any] = {}
+
+        found = [self._group_settings(i, g) for i, g in enumerate(optimizer.param_groups)]
+        for group, settings in zip(optimizer.param_groups, found):
+            self._write_settings(group, settings)
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._before_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def detach(self) -> None:
+        """Leave the optimizer: no more exchanges, and the copies and settings are removed."""
+        self._refuse_while_reading("detach()")
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for group in self.optimizer.param_groups:
+            for key in (*MEMORY_OPTIONS, _BUFFERS):
+                group.pop(key, None)
+            for p in group["params"]:
+                state = self.optimizer.state.get(p, {})
+                for key in list(filter(is_memory_key, state)):
+                    del state[key]
+
+    # ------------------------------------------------------------------ settings
+
+    def _group_settings(self, at: int, group: dict[str, Any]) -> Settings:
+        """A group's settings in canonical form, checked; changes nothing."""
+        raw = tuple(group.get(key, default) for key, default in self._defaults.items())
+        try:
+            if raw in self._checked:
+                return self._checked[raw]
+        except TypeError:  # lists are not hashable
+            pass
+        where = f"{_label(at, group)}: "
+        frequencies, write, pull, dtype = raw
+        settings = check_settings(frequencies, write, pull, where)
+        if dtype is not None:
+            dtype_name(dtype, where)
+        self._checked[(*settings, dtype)] = settings
+        return settings
+
+    def _write_settings(self, group: dict[str, Any], settings: Settings) -> None:
+        group["memory_frequencies"] = settings.frequencies
+        if settings.levels:  # the rates of a group that is switched off are kept for later
+            group["memory_write"], group["memory_pull"] = settings.write, settings.pull
+        for key, default in self._defaults.items():
+            group.setdefault(key, default)
+        if group["memory_dtype"] is not None:
+            group["memory_dtype"] = dtype_name(group["memory_dtype"])
+
+    def _groups(self) -> list[tuple[dict[str, Any], Settings]]:
+        groups = self.optimizer.param_groups
+        return [(group, self._group_settings(i, group)) for i, group in enumerate(groups)]
+
+    # ------------------------------------------------------------------ steps
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._refuse_while_reading("optimizer.step()")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        same = len(params) == len(self._params) and all(map(is_, params, self._params))
+        if same and self._complete and self._options() == self._seen:
+            return
+        groups = self._groups()  # all of them are checked before anything changes
+        closure = any(map(callable, (*args[1:], *kwargs.values())))
+        pending: dict[Tensor, dict[str, Tensor]] = {}
+        work = []
+        missing = known = False
+        for group, settings in groups:
+            fresh = []
+            for i, p in enumerate(group["params"]):
+                state = optimizer.state.get(p, {})
+                known = known or COUNT in state
+                keys = settings.keys
+                for key in keys:
+                    if key in state and state[key].shape != p.shape:
+                        raise RuntimeError(
+                            f"parameter {i} of the group {group.get('name', '')!r} has shape "
+                            f"{tuple(p.shape)}, but its copy {key!r} has {tuple(state[key].shape)}:"
+                            " delete that entry of the optimizer's state to begin anew"
+                        )
+                lacking = [key for key in keys if key not in state]
+                missing = missing or bool(lacking)
+                if lacking and (p.grad is not None or (closure and p.requires_grad)):
+                    pending[p] = {
+                        key: make_copy(p, group.get("memory_dtype", self._defaults["memory_dtype"]))
+                        for key in lacking
+                    }
+                    fresh.append(p)
+            work.append((group, fresh, [p.grad for p in fresh]))
+        for group, settings in groups:
+            self._write_settings(group, settings)
+        self._make_buffers()
+        self._params, self._seen = params, self._options()
+        self._pending, self._complete = pending, not missing
+        self._count = None
+        self._probe = bool(pending) and not (known or closure) and is_probe(work)
+
+    def _options(self) -> list[list[Any]]:
+        return [[group.get(key) for key in MEMORY_OPTIONS] for group in self.optimizer.param_groups]
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._count is None:
+            self._adopt()
+        if self._probe or self._count is None:
+            self._probe = False
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.is_cpu:
+            if found_inf.item():
+                return
+            found_inf = None
+        if self._count.is_cpu and found_inf is None and not capturing():
+            self._count += 1
+            self._exchange(int(self._count))
+        else:
+            self._exchange_on_device(found_inf)
+
+    def _adopt(self) -> None:
+        """Hand the new copies to the state that the optimizer has made, and one counter for all."""
+        state = self.optimizer.state
+        pending, self._pending = self._pending, {}
+        for p, copies in pending.items():
+            # torch takes a parameter with any state for one that it has initialised.
+            if p.grad is not None or state.get(p):
+                state[p].update(copies)
+        self._count = None
+        on_device = None
+        members = []
+        for group, settings in self._groups():
+            for p in group["params"]:
+                own = state.get(p, {})
+                kept = (COUNT, *settings.keys) if settings.levels else ()
+                for key in [k for k in own if is_memory_key(k) and k not in kept]:
+                    del own[key]
+                if settings.levels and settings.keys[0] in own:
+                    members.append(own)
+                    self._count = own.get(COUNT) if self._count is None else self._count
+                    if self._capturable or (self._capturable is None and group.get("capturable")):
+                        on_device = on_device or p.device
+        if members and self._count is None:
+            self._count = torch.zeros((), dtype=torch.int64)
+        if self._count is not None and on_device is not None and self._count.is_cpu:
+            self._count = self._count.to(on_device)
+        for own in members:
+            own[COUNT] = self._count
+
+    def _pairs(self) -> Iterator[tuple[Settings, list[list[Tensor]], list[Tensor | None]]]:
+        """Per setting the levels of its parameters (live first), and Kahan compensations."""
+        state = self.optimizer.state
+        found: dict[Settings, tuple[list[list[Tensor]], list[Tensor | None]]] = {}
+        for group, settings in self._groups():
+            if not settings.levels:
+                continue
+            keys = settings.keys
+            levels, comps = found.setdefault(settings, ([[] for _ in range(len(keys) + 1)], []))
+            for p in group["params"]:
+                own = state.get(p, {})
+                if keys[-1] in own:
+                    levels[0].append(p)
+                    comps.append(own.get("kahan_comp"))
+                    for level, key in zip(levels[1:], keys):
+                        level.append(own[key])
+        for settings, (levels, comps) in found.items():
+            yield settings, levels, comps
+
+    def _exchange(self, count: int) -> None:
+        """The exchanges that are due after step ``count``, fastest pair first."""
+        if not any(count % f == 0 for options in self._seen for f in options[0] or ()):
+            return
+        for settings, levels, comps in self._pairs():
+            for k, (frequency, write, pull) in enumerate(zip(*settings)):
+                if count % frequency == 0:
+                    exchange_(levels[k], levels[k + 1], write, pull, comps if k == 0 else ())
+        for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
+            if count % frequency == 0:
+                self._write_buffers(k, write)
+
+    def _exchange_on_device(self, found_inf: Tensor | None) -> None:
+        """The same where the host must not look at the counter, or at ``found_inf``."""
+        assert self._count is not None
+        if self._count.is_cpu:
+            if capturing():
+                raise RuntimeError(
+                    "this WeightMemory counts steps on the host, which a CUDA graph cannot do: "
+                    "attach it with capturable=True"
+                )
+            device = found_inf.device if found_inf is not None else self._params[0].device
+            self._count = self._count.to(device)
+            for p in self._params:
+                if COUNT in self.optimizer.state.get(p, {}):
+                    self.optimizer.state[p][COUNT] = self._count
+        if found_inf is None:
+            self._count += 1
+            happened = torch.ones((), dtype=torch.bool, device=self._count.device)
+        else:
+            happened = (found_inf == 0).reshape(()).to(self._count.device)
+            self._count += happened
+        for settings, levels, comps in self._pairs():
+            for k, (frequency, write, pull) in enumerate(zip(*settings)):
+                gate = happened & (self._count % frequency == 0)
+                own = comps if k == 0 else ()
+                exchange_where_(levels[k], levels[k + 1], write, pull, gate, own)
+        for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
+            self._write_buffers(k, write, happened & (self._count % frequency == 0))
+
+    # ------------------------------------------------------------------ buffers
+
+    def _float_buffers(self) -> list[Tensor]:
+        if self._model is None:
+            return []
+        return [b for b in self._model.buffers() if b.is_floating_point()]
+
+    def _make_buffers(self) -> None:
+        """The buffers' averages: one flat tensor of shape (levels, all their elements)."""
+        group = self.optimizer.param_groups[0]
+        if buffers := self._float_buffers():
+            rows = self._buffer_settings.levels
+            if _BUFFERS not in group:
+                group[_BUFFERS] = flat(buffers).expand(rows, -1).clone()
+
+    def _write_buffers(self, level: int, write: float, gate: Tensor | None = None) -> None:
+        if buffers := self._float_buffers():
+            rows = self.optimizer.param_groups[0][_BUFFERS]
+            faster = flat(buffers) if level == 0 else rows[level - 1]
+            new = rows[level].lerp(faster, write)
+            if gate is not None:
+                new = torch.where(gate.to(new.device), new, rows[level])
+            rows[level].copy_(new)
+
+    # ------------------------------------------------------------------ reading out
+
+    def weights(self, level: int = -1) -> list[Tensor]:
+        """The weights of one level, in the order of the optimizer's parameters.
+
+        Args:
+            level: 0 for the live weights, 1, 2, ... for the slow copies, -1 for a group's slowest.
+
+        Returns:
+            The tensors themselves, not copies of them. Where a parameter has no copy (its group is
+            switched off, or no step has moved it) it is the parameter.
+
+        Raises:
+            ValueError: a group has no such level.
+        """
+        found = []
+        for at, (group, settings) in enumerate(self._groups()):
+            level_here = resolve_level(level, settings.levels, _label(at, group))
+            key = level_key(level_here)
+            for p in group["params"]:
+                own = self.optimizer.state.get(p, {})
+                found.append(own.get(key, p) if level_here else p)
+        return found
+
+    @contextmanager
+    def read_out(
+        self,
+        level: int | str | Sequence[float] | None = None,
+        *,
+        update_bn: Iterable[Any] | None = None,
+        device: torch.device | int | None = None,
+    ) -> Iterator[WeightMemory]:
+        """Put read-out weights in the parameters for the body; then the live ones come back.
+
+        They come back, bit for bit, if the body raises, too. In the body ``optimizer.step()``,
+        ``optimizer.state_dict()`` and ``optimizer.load_state_dict()`` are refused; the model's own
+        ``state_dict()`` gives the read-out.
+
+        Args:
+            level: 0 for the live weights, 1, 2, ... for the slow copies, -1 for the slowest,
+                ``"mean"`` for the mean of all levels, the live one among them, or one weight per
+                level, live first, that sum to 1. Default: the slowest, or what the preset says.
+            update_bn: a loader of inputs from which BatchNorm's statistics are computed anew for
+                the read-out weights (``torch.optim.swa_utils.update_bn``). Needs ``buffers_from``;
+                the live statistics come back with the weights.
+            device: where ``update_bn`` takes its inputs to.
+
+        Raises:
+            ValueError: a group has no such level, or the weights do not sum to 1.
+            RuntimeError: inside another ``read_out``.
+        """
+        self._refuse_while_reading("read_out()")
+        if update_bn is not None and self._model is None:
+            raise ValueError("update_bn needs the model: attach the memory with buffers_from=model")
+        level = self._read if level is None else level
+        with torch.no_grad():
+            swaps = self._read_params(level) + self._read_buffers(level)
+            live = [target.clone() for target, _ in swaps]
+            if update_bn is not None and self._model is not None:
+                others = [b for b in self._model.buffers() if not b.is_floating_point()]
+                swaps += [(b, b) for b in others]
+                live += [b.clone() for b in others]
+        self._reading = True
+        try:
+            with torch.no_grad():
+                for target, value in swaps:
+                    target.copy_(value)
+            if update_bn is not None and self._model is not None:
+                torch.optim.swa_utils.update_bn(update_bn, self._model, device)
+            yield self
+        finally:
+            self._reading = False
+            with torch.no_grad():
+                for (target, _), value in zip(swaps, live):
+                    target.copy_(value)
+
+    def model_state_dict(
+        self, model: nn.Module, level: int | str | Sequence[float] | None = None
+    ) -> OrderedDict[str, Any]:
+        """``model.state_dict()`` with the weights of :meth:`read_out`, in memory of its own."""
+        with self.read_out(level):
+            return OrderedDict(
+                (key, value.detach().clone() if isinstance(value, Tensor) else value)
+                for key, value in model.state_dict().items()
+            )
+
+    def _read_params(self, level: Any) -> list[tuple[Tensor, Tensor]]:
+        swaps = []
+        for at, (group, settings) in enumerate(self._groups()):
+            shares = mixture(level, settings.levels, _label(at, group))
+            for p in group["params"]:
+                own = self.optimizer.state.get(p, {})
+                if settings.levels and settings.keys[-1] in own:
+                    tensors = [local(p), *(local(own[key]) for key in settings.keys)]
+                    swaps.append((tensors[0], mix(tensors, shares)))
+        return swaps
+
+    def _read_buffers(self, level: Any) -> list[tuple[Tensor, Tensor]]:
+        buffers, rows = self._float_buffers(), self.optimizer.param_groups[0].get(_BUFFERS)
+        if not buffers or rows is None:
+            return []
+        shares = mixture(level, self._buffer_settings.levels, "the buffers")
+        mixed = mix([flat(buffers), *rows], shares)
+        parts = mixed.split([b.numel() for b in buffers])
+        return [(b, part.view_as(b)) for b, part in zip(buffers, parts)]
+
+    def _refuse_while_reading(self, what: str) -> None:
+        if self._reading:
+            raise RuntimeError(
+                f"{what} inside read_out() would work on the read-out weights as if they were the "
+                "live ones: leave the `with` block first"
+            )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _before_state_dict(self, optimizer: Optimizer) -> None:
+        self._refuse_while_reading("optimizer.state_dict()")
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Check what the checkpoint has of a memory, and keep it from torch's change of dtypes."""
+        self._refuse_while_reading("optimizer.load_state_dict()")
+        self._loading = {}
+        raw: dict[Tensor, dict[str, Tensor]] = {}
+        counts = set()
+        for at, (live, saved) in enumerate(
+            zip(optimizer.param_groups, state_dict.get("param_groups", ()))
+        ):
+            saved_keys = {k: saved[k] for k in MEMORY_OPTIONS if k in saved}
+            self._group_settings(at, {**{k: live.get(k) for k in MEMORY_OPTIONS}, **saved_keys})
+            rows = saved.get(_BUFFERS)
+            if rows is not None and (buffers := self._float_buffers()):
+                wanted = (self._buffer_settings.levels, sum(b.numel() for b in buffers))
+                if tuple(rows.shape) != wanted:
+                    raise ValueError(
+                        f"checkpoint's averages of buffers have shape {tuple(rows.shape)}, where "
+                        f"this model and these frequencies need {wanted}"
+                    )
+            for key, p in zip(saved["params"], live["params"]):
+                entries = state_dict["state"].get(key, {})
+                own = {k: v for k, v in entries.items() if is_memory_key(k)}
+                for k, v in own.items():
+                    if k != COUNT and isinstance(v, Tensor) and v.shape != p.shape:
+                        raise ValueError(
+                            f"checkpoint's {k!r} of a parameter of param group {at} has shape "
+                            f"{tuple(v.shape)}, where the parameter has {tuple(p.shape)}"
+                        )
+                if COUNT in own:
+                    counts.add(int(own[COUNT]))
+                raw[p] = own
+        if len(counts) > 1:
+            raise ValueError(
+                f"checkpoint's parameters disagree on {COUNT}, the steps of the memory: "
+                f"{sorted(counts)}"
+            )
+        groups = [{k: group.get(k) for k in MEMORY_OPTIONS} for group in optimizer.param_groups]
+        self._loading = {"raw": raw, "groups": groups, "count": max(counts, default=0)}
+
+    @torch.no_grad()
+    def _after_load(self, optimizer: Optimizer) -> None:
+        loading, self._loading = self._loading, {}
+        changed = set()
+        for group, live in zip(optimizer.param_groups, loading.get("groups", ())):
+            for key, value in live.items():
+                if key not in group:
+                    group[key] = value
+                elif group[key] != value:
+                    changed.add(key)
+        if changed:
+            warnings.warn(
+                f"the checkpoint's {', '.join(sorted(changed))} replace the memory's where they "
+                "differ. To keep your own, set them in param_groups after loading.",
+                stacklevel=5,
+            )
+        count = torch.tensor(loading.get("count", 0), dtype=torch.int64)
+        for group, settings in self._groups():
+            self._write_settings(group, settings)
+            for p in group["params"]:
+                for key, value in loading.get("raw", {}).get(p, {}).items():
+                    own = optimizer.state[p]
+                    if key == COUNT:
+                        own[key] = count
+                    elif isinstance(value, Tensor):
+                        dtype = copy_dtype(p, group["memory_dtype"])
+                        value = laid_out_like(value, p).to(device=p.device, dtype=dtype)
+                        # The checkpoint may be loaded once more, and must not move.
+                        own[key] = value.clone(memory_format=torch.preserve_format)
+                    else:
+                        del own[key]
+        if (rows := optimizer.param_groups[0].get(_BUFFERS)) is not None:
+            if buffers := self._float_buffers():
+                rows = rows.to(device=buffers[0].device, dtype=flat(buffers).dtype)
+            optimizer.param_groups[0][_BUFFERS] = rows
+        self._pending, self._complete, self._count = {}, False, None
+
+
+def memory_of(optimizer: Optimizer) -> WeightMemory | None:
+    """The memory that is attached to an optimizer, if there is one."""
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, WeightMemory):
+            return owner
+    return None
+
+
+def _label(at: int, group: dict[str, Any]) -> str:
+    name = group.get("name")
+    return f"param group {at}" + (f" ({name!r})" if name is not None else "")
