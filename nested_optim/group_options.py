@@ -26,6 +26,7 @@ KNOWN_KEYS = (
     "out_dim", "split_sizes", "num_heads", "max_batch_bytes",
     "delta_rate", "normalized", "memory", "objective", "base", "batch", "decay", "max_tokens",
     "reduction", "window_samples",
+    "memory_frequencies", "memory_write", "memory_pull", "memory_dtype",
 )
 # fmt: on
 _OTHER_WORDS = {"learning_rate": "lr", "wd": "weight_decay"}  # no close matches for difflib

@@ -161,6 +161,7 @@ def depth_groups(
     model: nn.Module,
     frequencies: Sequence[int] = (1, 10, 100),
     slow: Literal["shallow", "deep"] = "shallow",
+    realise: Literal["window", "lr", "both"] = "window",
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters by depth into one group per frequency.
@@ -173,6 +174,9 @@ def depth_groups(
         model: the module that is trained.
         frequencies: one per level, in any order; they are used exactly as given.
         slow: the end that gets the largest frequency.
+        realise: what makes a level of frequency f slow: ``"window"``, an update every f gradients;
+            ``"lr"``, the learning rate ``lr / f`` at every step, for which ``lr`` must be among the
+            options (it is the fastest group's at f = 1); ``"both"``.
         options: further options of every group, e.g. ``lr=1e-3``.
 
     Returns:
@@ -180,7 +184,8 @@ def depth_groups(
         :func:`build_param_groups`. A bin without parameters gives no group, and a warning.
 
     Raises:
-        ValueError: no or invalid frequencies, invalid options, or no trainable parameters.
+        ValueError: no or invalid frequencies, invalid options, no ``lr`` to divide, or no trainable
+            parameters.
 
     Example::
 
@@ -189,6 +194,7 @@ def depth_groups(
         [('depth0', 8), ('depth1', 1)]
     """
     check_choice("slow", slow, ("shallow", "deep"))
+    check_choice("realise", realise, ("window", "lr", "both"))
     if isinstance(frequencies, str) or not isinstance(frequencies, Iterable):
         raise TypeError(f"frequencies must be a sequence of integers, but got {frequencies!r}")
     levels = [check_frequency(f, f"frequencies[{i}]: ") for i, f in enumerate(frequencies)]
@@ -197,6 +203,8 @@ def depth_groups(
     levels.sort(reverse=slow == "shallow")
     reserved = ("frequencies", "frequency", "lr_mult", "match", "name")
     check_options(options, "depth_groups: ", reserved)
+    if realise != "window" and "lr" not in options:
+        raise ValueError(f"depth_groups: realise={realise!r} divides lr by the frequency: pass lr=")
     found = find_parameters(model)
 
     ranks = layer_ranks(found.names)
@@ -212,11 +220,15 @@ def depth_groups(
             "for: give fewer frequencies, or use build_param_groups",
             stacklevel=2,
         )
-    return [
-        {"params": params, "name": f"depth{i}", **with_own_lr(options), "frequency": levels[i]}
-        for i, params in enumerate(bins)
-        if params
-    ]
+    groups = []
+    for i, params in enumerate(bins):
+        if params:
+            own = {**with_own_lr(options)}
+            if realise != "window":
+                own["lr"] = own["lr"] / levels[i]
+            frequency = 1 if realise == "lr" else levels[i]
+            groups.append({"params": params, "name": f"depth{i}", **own, "frequency": frequency})
+    return groups
 
 
 def group_titans_params(model: nn.Module) -> tuple[list[Parameter], list[Parameter]]:
