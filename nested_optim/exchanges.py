@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import rules
+from . import kernels, rules
 from .levels import check_frequency
 from .rules.exchange import pull_after_write
 from .tensors import local
+
+#: Tables that are kept at once: a few per pair of levels.
+_MAX_TABLES = 64
 
 
 class Settings(NamedTuple):
@@ -81,11 +85,7 @@ def exchange_(
     pull: float,
     comps: Sequence[Tensor | None] = (),
 ) -> None:
-    """Apply :func:`rules.exchange` to each pair, in place.
-
-    Args:
-        comps: where given, Kahan compensations of the faster tensors (None for those without).
-    """
+    """:func:`rules.exchange` of each pair in place, with torch's operations on lists."""
     plain: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for i, (u, v) in enumerate(zip(faster, slower)):
         u, v, comp = local(u), local(v), comps[i] if comps else None
@@ -117,6 +117,96 @@ def exchange_(
         if rate:
             torch._foreach_copy_(us, torch._foreach_lerp(work_u, new_v, rate))
         torch._foreach_copy_(vs, new_v)
+
+
+class Exchanges:
+    """Exchanges of whatever tensors, each on the fastest path that serves it.
+
+    The kernels' tables are kept, and made anew when a tensor has moved.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        faster: Sequence[Tensor],
+        slower: Sequence[Tensor],
+        frequency: int,
+        write: float,
+        pull: float,
+        *,
+        comps: Sequence[Tensor | None] = (),
+        count: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Apply :func:`rules.exchange` to each pair, in place.
+
+        Args:
+            comps: where given, Kahan compensations of the faster tensors (None for those without).
+            count: steps, int64, 0-d, on a device that the host is not to wait for; then only if it
+                is a multiple of ``frequency`` and ``found_inf`` (likewise, optional) is 0.
+        """
+        left: tuple[list[Tensor], list[Tensor], list[Tensor | None]] = ([], [], [])
+        served: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for i, (u, v) in enumerate(zip(faster, slower)):
+            u, v, comp = local(u), local(v), comps[i] if comps else None
+            if comp is None and _kernels_serve(u, v):
+                us, vs = served.setdefault((u.device, u.dtype, v.dtype), ([], []))
+                us.append(u)
+                vs.append(v)
+            else:
+                left[0].append(u)
+                left[1].append(v)
+                left[2].append(comp)
+        for bucket, (us, vs) in served.items():
+            key = (*bucket, frequency, write, pull, len(us), id(vs[0]))
+            table = self._table(key, us, vs, frequency, write, pull)
+            if count is not None:
+                count_here = count.to(bucket[0])
+                skipped = found_inf.to(bucket[0]) if found_inf is not None else None
+                table.launch(count_here, skipped)
+            else:
+                table.launch()
+        if not left[0]:
+            return
+        if count is None:
+            exchange_(left[0], left[1], write, pull, left[2])
+        else:
+            gate: Tensor = torch.remainder(count, frequency) == 0
+            if found_inf is not None:
+                gate = gate & (found_inf.reshape(()).to(gate.device) == 0)
+            exchange_where_(left[0], left[1], write, pull, gate, left[2])
+
+    def _table(
+        self,
+        key: Any,
+        us: list[Tensor],
+        vs: list[Tensor],
+        frequency: int,
+        write: float,
+        pull: float,
+    ) -> Any:
+        addresses = [(t.data_ptr(), t.numel()) for t in chain(us, vs)]
+        known = self._tables.get(key)
+        if known is None or known[0] != addresses:
+            from .kernels.exchange import ExchangeTable  # Triton is there
+
+            table = ExchangeTable(us, vs, write, pull_after_write(write, pull), frequency)
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            known = self._tables[key] = (addresses, table)
+        return known[1]
+
+
+def _kernels_serve(u: Tensor, v: Tensor) -> bool:
+    """Whether both are walked through memory in one and the same order."""
+    if not kernels.available(u.device) or not {u.dtype, v.dtype} <= set(kernels.DTYPES):
+        return False
+    if u.is_contiguous() and v.is_contiguous():
+        return True
+    format = torch.channels_last
+    return u.ndim == 4 and all(t.is_contiguous(memory_format=format) for t in (u, v))
 
 
 def exchange_where_(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .exchanges import Settings, check_settings, exchange_, exchange_where_
+from .exchanges import Exchanges, Settings, check_settings
 from .memory_levels import (
     COUNT,
     MEMORY_OPTIONS,
@@ -44,8 +44,7 @@ class WeightMemory:
 
         d = u[k+1] - u[k];   u[k] += pull[k] * d;   u[k+1] -= write[k] * d
 
-    It works with any ``torch.optim.Optimizer`` through its public hooks: nothing else in a training
-    loop changes. The chain of levels with knowledge transfer is that of *Nested Learning*
+    It works with any ``torch.optim.Optimizer``, through its public hooks. The chain of levels with knowledge transfer is that of *Nested Learning*
     (arXiv 2512.24695, Eq. 70-74), here over the weights; with ``write = pull`` it is the cascade of
     Benna and Fusi (Nature Neuroscience 2016). One level with ``write = a, pull = 1 - a`` is
     Lookahead (Zhang et al. 2019); with ``pull = 0`` and frequency 1 an exponential moving average
@@ -144,6 +143,7 @@ class WeightMemory:
         self._params: list[Tensor] = []
         self._seen: list[Any] = []
         self._count: Tensor | None = None
+        self._run = Exchanges()
         self._probe = False
         self._complete = False
         self._reading = False
@@ -327,7 +327,8 @@ class WeightMemory:
         for settings, levels, comps in self._pairs():
             for k, (frequency, write, pull) in enumerate(zip(*settings)):
                 if count % frequency == 0:
-                    exchange_(levels[k], levels[k + 1], write, pull, comps if k == 0 else ())
+                    own = comps if k == 0 else ()
+                    self._run(levels[k], levels[k + 1], frequency, write, pull, comps=own)
         for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
             if count % frequency == 0:
                 self._write_buffers(k, write)
@@ -346,17 +347,23 @@ class WeightMemory:
             for p in self._params:
                 if COUNT in self.optimizer.state.get(p, {}):
                     self.optimizer.state[p][COUNT] = self._count
-        if found_inf is None:
-            self._count += 1
-            happened = torch.ones((), dtype=torch.bool, device=self._count.device)
-        else:
-            happened = (found_inf == 0).reshape(()).to(self._count.device)
-            self._count += happened
+        happened = torch.ones((), dtype=torch.bool, device=self._count.device)
+        if found_inf is not None:
+            found_inf = found_inf.reshape(()).to(self._count.device)
+            happened = found_inf == 0
+        self._count += happened
         for settings, levels, comps in self._pairs():
             for k, (frequency, write, pull) in enumerate(zip(*settings)):
-                gate = happened & (self._count % frequency == 0)
-                own = comps if k == 0 else ()
-                exchange_where_(levels[k], levels[k + 1], write, pull, gate, own)
+                self._run(
+                    levels[k],
+                    levels[k + 1],
+                    frequency,
+                    write,
+                    pull,
+                    comps=comps if k == 0 else (),
+                    count=self._count,
+                    found_inf=found_inf,
+                )
         for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
             self._write_buffers(k, write, happened & (self._count % frequency == 0))
 

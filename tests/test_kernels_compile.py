@@ -83,3 +83,18 @@ def test_symmetric_products_compile_to_tensor_core_instructions(even, monkeypatc
     constants = {"PLUS": True, "EVEN": even, "TILE": module.TILE, "DEPTH": module.DEPTH}
     lines = lines_of_ptx(module.product_kernel, kinds, constants, module.NUM_WARPS)
     assert any("wgmma.mma_async" in line for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F32, F32), (F64, F64, F64)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_exchange_compiles_to_accesses_of_16_bytes(dtypes, gated, monkeypatch):
+    module = without_interpreter("nested_optim.kernels.exchange", monkeypatch)
+    kinds = {"chunks": "*i32", "rows": "*i64", "rates": "*fp64"}
+    constants = dict(zip(("FASTER", "SLOWER", "COMPUTE"), map(module._DTYPES.get, dtypes)))
+    constants |= {"GATED": gated, "CHUNK": module.CHUNK}
+    gates = {"count": "*i64", "found_inf": "*fp32"}
+    kinds.update(gates) if gated else constants.update(dict.fromkeys(gates))
+    lines = lines_of_ptx(module.exchange_kernel, kinds, constants, module.NUM_WARPS)
+    for access in ("ld.global", "st.global"):
+        assert any(access in x and (".v4." in x or ".v2.b64" in x) for x in lines)
