@@ -28,6 +28,10 @@ SUITES = {
         "benchmarks.rules.cli:rules",
         "Single update rules on problems small enough to see through.",
     ),
+    "training": (
+        "benchmarks.training.cli:training",
+        "Small models trained by every optimizer, on equal terms.",
+    ),
 }
 
 

@@ -44,11 +44,11 @@ class WeightMemory:
 
         d = u[k+1] - u[k];   u[k] += pull[k] * d;   u[k+1] -= write[k] * d
 
-    It works with any ``torch.optim.Optimizer``, through its public hooks. The chain of levels with knowledge transfer is that of *Nested Learning*
-    (arXiv 2512.24695, Eq. 70-74), here over the weights; with ``write = pull`` it is the cascade of
-    Benna and Fusi (Nature Neuroscience 2016). One level with ``write = a, pull = 1 - a`` is
-    Lookahead (Zhang et al. 2019); with ``pull = 0`` and frequency 1 an exponential moving average
-    of decay ``1 - write``.
+    It works with any ``torch.optim.Optimizer``, through its public hooks. The chain of levels with
+    knowledge transfer is that of *Nested Learning* (arXiv 2512.24695, Eq. 70-74), here over the
+    weights; with ``write = pull`` it is the cascade of Benna and Fusi (Nature Neuroscience 2016).
+    One level with ``write = a, pull = 1 - a`` is Lookahead (Zhang et al. 2019); with ``pull = 0``
+    and frequency 1 an exponential moving average of decay ``1 - write``.
 
     A copy is made right before the first step that moves its parameter. Steps count for all
     parameters alike, whether or not they had a gradient; one that ``torch.amp.GradScaler`` skips

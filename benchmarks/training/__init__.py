@@ -1,0 +1,1 @@
+"""Training of small models with every optimizer, on equal terms."""

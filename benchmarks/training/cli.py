@@ -1,0 +1,15 @@
+"""``python -m benchmarks training ...``: one command per experiment."""
+
+from __future__ import annotations
+
+import click
+
+from .comparison import compare
+
+
+@click.group()
+def training() -> None:
+    """Small models, trained by every optimizer on equal terms. Each command has its own --help."""
+
+
+training.add_command(compare)
