@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nested_optim import NestedOptimizer
+from nested_optim import NestedOptimizer, WeightMemory
 
 # Gradients per update of the three linear layers, from input to output: shallow slowest. With the
 # demo's 256 steps per task even the slowest layer updates 16 times per task.
@@ -56,6 +56,13 @@ def nested_levels(model: nn.Sequential, lr: float) -> torch.optim.Optimizer:
     return NestedOptimizer(groups, lr=lr)
 
 
+def adamw_memory(model: nn.Sequential, lr: float) -> torch.optim.Optimizer:
+    """Divided learning rates and slow copies that exchange with the weights; read out live."""
+    optimizer = adamw_divided_lr(model, lr)
+    WeightMemory(optimizer, preset="continual")
+    return optimizer
+
+
 # The colours of Okabe and Ito, told apart with any colour vision.
 METHODS = (
     Method("adamw", "AdamW", "plain AdamW", "#000000", adamw),
@@ -68,6 +75,13 @@ METHODS = (
         ACCUMULATE,
     ),
     Method("adamw_divided_lr", "AdamW, lr / f", "per-layer lr / f", "#0072B2", adamw_divided_lr),
+    Method(
+        "adamw_memory",
+        "AdamW, lr / f, WeightMemory",
+        "a weight memory with lr / f",
+        "#009E73",
+        adamw_memory,
+    ),
     Method("nested_levels", "NestedOptimizer, levels", "three levels", "#D55E00", nested_levels),
 )
 BY_KEY = {method.key: method for method in METHODS}
