@@ -20,6 +20,10 @@ SUITES = {
         "benchmarks.matrices:matrices",
         "M3's step and its Newton-Schulz, beside torch's Muon.",
     ),
+    "memory": (
+        "benchmarks.memory:memory",
+        "What a weight memory adds to a step.",
+    ),
     "precision": (
         "benchmarks.precision:precision",
         "bfloat16 parameters with and without Kahan sums, on digits.",
