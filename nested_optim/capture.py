@@ -184,8 +184,9 @@ class Capture:
             pool = self._pools[weight] = _Pool()
             commit = _Commit(weakref.ref(pool))
             self._handles.append(weight.register_post_accumulate_grad_hook(commit))
-        node = _Saved.apply(self._anchor, x.detach()).grad_fn
-        output.grad_fn.register_prehook(_Arrival(weakref.ref(self), weight, use, node))
+        # Not its node alone: some releases of torch free what a node saved with its output.
+        saved = _Saved.apply(self._anchor, x.detach())
+        output.grad_fn.register_prehook(_Arrival(weakref.ref(self), weight, use, saved))
 
     def _stage(self, weight: Tensor, use: _Use, x: Tensor) -> None:
         owner, pool = self._owner(), self._pools.get(weight)
@@ -224,14 +225,14 @@ class _Arrival:
     capture: Callable[[], Capture | None]
     weight: Tensor
     use: _Use
-    saved: Any  # the node that keeps the layer's input
+    saved: Any  # output of the node that keeps the layer's input
 
     @torch._disable_dynamo
     def __call__(self, _: Any) -> None:
         capture = self.capture()
         if capture is not None and self.saved is not None:
             with torch.no_grad():
-                capture._stage(self.weight, self.use, self.saved.saved_tensors[0])
+                capture._stage(self.weight, self.use, self.saved.grad_fn.saved_tensors[0])
         if not _graph_is_kept():
             self.saved = None
 

@@ -397,6 +397,8 @@ class FusedSteps:
 
 def _pack(group: dict[str, Any], row: int, from_device: list[tuple[int, int, Tensor]]) -> Any:
     """A group's row of the settings; tensors on a device are noted, to be copied there."""
+    if group.get("algorithm", "adamw") != "adamw":
+        return [0.0] * SETTINGS  # none of its parameters is served, and its betas may be others
     beta1, beta2 = group["betas"]
     numbers = []
     for column, value in enumerate((group["lr"], group["weight_decay"], beta1, beta2)):

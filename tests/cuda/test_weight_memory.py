@@ -1,5 +1,7 @@
 """A weight memory on a CUDA device: the CPU's numbers, skipped steps, CUDA graphs, no syncs."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -108,7 +110,7 @@ def test_one_captured_graph_serves_every_exchange(cls):
 
 def test_counting_on_the_host_cannot_be_captured():
     params = on_cuda(make_params((8,)))
-    optimizer = NestedOptimizer(params, lr=0.1)
+    optimizer = NestedOptimizer(params, lr=0.1, capturable=True)
     WeightMemory(optimizer, (2,), capturable=False)
     step(optimizer, params, 0)
     torch.cuda.synchronize()
@@ -142,7 +144,7 @@ def test_a_memory_resumes_on_the_device():
     with torch.no_grad():
         for p, q in zip(twins, params):
             p.copy_(q)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it shares tensors
     assert resumed.state[twins[0]]["memory_1"].dtype == torch.float32
     for seed in range(3, 8):
         step(optimizer, params, seed)
