@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import kernels, rules
 from .levels import check_frequency
 from .rules.exchange import pull_after_write
-from .tensors import local
+from .tensors import is_dtensor, local
 
 #: Tables that are kept at once: a few per pair of levels.
 _MAX_TABLES = 64
@@ -127,6 +128,7 @@ class Exchanges:
 
     def __init__(self) -> None:
         self._tables: dict[Any, Any] = {}
+        self._plans: dict[Any, _Plan] = {}
 
     def __call__(
         self,
@@ -147,27 +149,22 @@ class Exchanges:
             count: steps, int64, 0-d, on a device that the host is not to wait for; then only if it
                 is a multiple of ``frequency`` and ``found_inf`` (likewise, optional) is 0.
         """
-        left: tuple[list[Tensor], list[Tensor], list[Tensor | None]] = ([], [], [])
-        served: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        for i, (u, v) in enumerate(zip(faster, slower)):
-            u, v, comp = local(u), local(v), comps[i] if comps else None
-            if comp is None and _kernels_serve(u, v):
-                us, vs = served.setdefault((u.device, u.dtype, v.dtype), ([], []))
-                us.append(u)
-                vs.append(v)
-            else:
-                left[0].append(u)
-                left[1].append(v)
-                left[2].append(comp)
-        for bucket, (us, vs) in served.items():
-            key = (*bucket, frequency, write, pull, len(us), id(vs[0]))
-            table = self._table(key, us, vs, frequency, write, pull)
+        if not len(faster):
+            return
+        call = (frequency, write, pull, len(faster), id(slower[0]))
+        plan = self._plans.get(call)
+        if plan is None or not plan.fits(faster, slower, comps):
+            plan = self._plan(faster, slower, comps, frequency, write, pull)
+            if plan.keeps:
+                self._plans[call] = plan
+        for table in plan.tables:
             if count is not None:
-                count_here = count.to(bucket[0])
-                skipped = found_inf.to(bucket[0]) if found_inf is not None else None
+                count_here = count.to(table.device)
+                skipped = found_inf.to(table.device) if found_inf is not None else None
                 table.launch(count_here, skipped)
             else:
                 table.launch()
+        left = plan.left
         if not left[0]:
             return
         if count is None:
@@ -177,6 +174,35 @@ class Exchanges:
             if found_inf is not None:
                 gate = gate & (found_inf.reshape(()).to(gate.device) == 0)
             exchange_where_(left[0], left[1], write, pull, gate, left[2])
+
+    def _plan(
+        self,
+        faster: Sequence[Tensor],
+        slower: Sequence[Tensor],
+        comps: Sequence[Tensor | None],
+        frequency: int,
+        write: float,
+        pull: float,
+    ) -> _Plan:
+        left: tuple[list[Tensor], list[Tensor], list[Tensor | None]] = ([], [], [])
+        served: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        plain = True
+        for i, (u, v) in enumerate(zip(faster, slower)):
+            plain = plain and not (is_dtensor(u) or is_dtensor(v))
+            u, v, comp = local(u), local(v), comps[i] if comps else None
+            if comp is None and _kernels_serve(u, v):
+                us, vs = served.setdefault((u.device, u.dtype, v.dtype), ([], []))
+                us.append(u)
+                vs.append(v)
+            else:
+                left[0].append(u)
+                left[1].append(v)
+                left[2].append(comp)
+        tables = []
+        for bucket, (us, vs) in served.items():
+            key = (*bucket, frequency, write, pull, len(us), id(vs[0]))
+            tables.append(self._table(key, us, vs, frequency, write, pull))
+        return _Plan(list(faster), list(slower), tables, left, plain and not left[0])
 
     def _table(
         self,
@@ -195,8 +221,40 @@ class Exchanges:
             table = ExchangeTable(us, vs, write, pull_after_write(write, pull), frequency)
             if len(self._tables) >= _MAX_TABLES:
                 self._tables.clear()
+                self._plans.clear()
             known = self._tables[key] = (addresses, table)
         return known[1]
+
+
+class _Plan:
+    """What one call does with its tensors; it serves further ones while ``keeps`` and they fit."""
+
+    def __init__(
+        self,
+        faster: list[Tensor],
+        slower: list[Tensor],
+        tables: list[Any],
+        left: tuple[list[Tensor], list[Tensor], list[Tensor | None]],
+        keeps: bool,
+    ) -> None:
+        self.tables, self.left, self.keeps = tables, left, keeps
+        if keeps:
+            self._members = faster + slower
+            self._memory = list(map(_where, self._members))
+
+    def fits(
+        self, faster: Sequence[Tensor], slower: Sequence[Tensor], comps: Sequence[Tensor | None]
+    ) -> bool:
+        """Whether these are the same tensors, where they were and laid out as they were."""
+        return (
+            not any(c is not None for c in comps)
+            and all(map(is_, chain(faster, slower), self._members))
+            and list(map(_where, self._members)) == self._memory
+        )
+
+
+def _where(tensor: Tensor) -> tuple[int, torch.dtype, bool]:
+    return tensor.data_ptr(), tensor.dtype, tensor.is_contiguous()
 
 
 def _kernels_serve(u: Tensor, v: Tensor) -> bool:
