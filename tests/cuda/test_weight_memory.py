@@ -112,7 +112,8 @@ def test_counting_on_the_host_cannot_be_captured():
     params = on_cuda(make_params((8,)))
     optimizer = NestedOptimizer(params, lr=0.1, capturable=True)
     WeightMemory(optimizer, (2,), capturable=False)
-    step(optimizer, params, 0)
+    for seed in range(2):  # the first one makes the copies
+        step(optimizer, params, seed)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(graph):
