@@ -26,8 +26,9 @@ from .rules.newton_schulz import Coefficients, newton_schulz
 BACKENDS = ("auto", "bmm", "symmetric", "gram")
 
 # A step of the Gram form multiplies the rounding error of R by up to a * a, about 12, in directions
-# of small singular values, so R is made anew from X after so many steps.
-_STEPS_PER_GRAM = {torch.float16: 2, torch.bfloat16: 1, torch.float32: 3, torch.float64: 6}
+# of small singular values, so R is made anew from X after so many steps. In float16 three steps,
+# then two, end as near the truth as five of the plain form in float16; four, then one, do not.
+_STEPS_PER_GRAM = {torch.float16: 3, torch.bfloat16: 1, torch.float32: 3, torch.float64: 6}
 
 
 class Batch(NamedTuple):
@@ -60,7 +61,7 @@ def orthogonalize(
     *,
     eps: float = 1e-7,
     dtype: torch.dtype = torch.float32,
-    max_batch_bytes: int = 2**29,
+    max_batch_bytes: int = 2**30,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Newton-Schulz of each tensor, those of one shape together.
@@ -109,18 +110,64 @@ def orthogonal_batches(
     buckets: dict[tuple[torch.device, torch.Size], list[int]] = {}
     for i, matrix in enumerate(matrices):
         buckets.setdefault((matrix.device, matrix.shape[1:]), []).append(i)
+    together: dict[tuple[torch.device, int], list[list[int]]] = {}
     for (device, (rows, columns)), indices in buckets.items():
         short, long = sorted((rows, columns))
         chosen = _choose(backend, device, dtype, short, long, len(schedule))
-        each = dtype.itemsize * (3 * short * long + 4 * short * short)
-        room = max(1, max_batch_bytes // max(1, each))
+        room = max(1, max_batch_bytes // max(1, _bytes_each(dtype, short, long)))
         for some in _chunks(indices, [matrices[i].size(0) for i in indices], room):
-            given = [matrices[i] for i in some]
-            counts = [matrix.size(0) for matrix in given]
-            stacked = torch.cat(given) if len(given) > 1 else given[0]
-            wide = stacked.mT if rows > columns else stacked
-            result = _iterate(wide, schedule, eps, dtype, chosen)
-            yield Batch(some, counts, result.mT if rows > columns else result)
+            if chosen == "gram":
+                together.setdefault((device, short), []).append(some)
+                continue
+            x = _stacked([matrices[i] for i in some])
+            tall = rows > columns
+            result = _iterate(x.mT if tall else x, schedule, eps, dtype, chosen)
+            yield Batch(some, [matrices[i].size(0) for i in some], result.mT if tall else result)
+    for chunks in together.values():
+        for group in _groups(matrices, chunks, dtype, max_batch_bytes):
+            given = [_stacked([matrices[i] for i in some]) for some in group]
+            xs = _gram([_normalised(x, eps, _work_dtype(dtype, x.device)) for x in given], schedule)
+            del given
+            for some, x in zip(group, xs):
+                yield Batch(some, [matrices[i].size(0) for i in some], x.to(dtype))
+
+
+def _bytes_each(dtype: torch.dtype, short: int, long: int) -> int:
+    """Temporary memory of one matrix."""
+    return dtype.itemsize * (3 * short * long + 5 * short * short)
+
+
+def _groups(
+    matrices: Sequence[Tensor], chunks: list[list[int]], dtype: torch.dtype, max_bytes: int
+) -> Iterator[list[list[int]]]:
+    """Chunks of a common short side, as many together as the memory allows."""
+    some: list[list[int]] = []
+    total = 0
+    for chunk in chunks:
+        short, long = sorted(matrices[chunk[0]].shape[1:])
+        size = sum(matrices[i].size(0) for i in chunk) * _bytes_each(dtype, short, long)
+        if some and total + size > max_bytes:
+            yield some
+            some, total = [], 0
+        some.append(chunk)
+        total += size
+    if some:
+        yield some
+
+
+def _stacked(given: list[Tensor]) -> Tensor:
+    """(matrices, rows, columns) of tensors of one shape: a view where they follow each other."""
+    first = given[0]
+    if len(given) == 1:
+        return first
+    size = first[0].numel() * first.element_size()
+    at = first.data_ptr()
+    for x in given:
+        same = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and x.is_contiguous() and x.dtype == first.dtype and x.data_ptr() == at):
+            return torch.cat(given)
+        at += x.size(0) * size
+    return first.as_strided((sum(x.size(0) for x in given), *first.shape[1:]), first.stride())
 
 
 def _chunks(indices: list[int], counts: list[int], room: int) -> Iterator[list[int]]:
@@ -151,12 +198,13 @@ def _choose(
     if not steps or not short:
         return "bmm"
     # Multiplications per n*n, a symmetric product counted by half where it is computed by half.
+    # Where they are as many the Gram form has fewer launches.
     half = 1 if symmetric else 2
     lengths = _segments(steps, _STEPS_PER_GRAM[_work_dtype(dtype, device)])
     squares = sum(4 * length - 3 for length in lengths)
     plain = steps * ((half + 2) * long + half * short)
     gram = len(lengths) * (half + 2) * long + squares * half * short
-    if gram < plain:
+    if gram < plain or (symmetric and gram == plain):
         return "gram"
     return "symmetric" if symmetric else "bmm"
 
@@ -169,46 +217,58 @@ def _work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _segments(steps: int, length: int) -> list[int]:
-    """``steps`` cut into runs of at most ``length``, the longest last."""
+    """``steps`` cut into runs of at most ``length``, the longest first."""
     runs = -(-steps // length)
     shortest, longer = divmod(steps, runs)
-    return [shortest] * (runs - longer) + [shortest + 1] * longer
+    return [shortest + 1] * longer + [shortest] * (runs - longer)
+
+
+def _normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """(matrices, rows, columns), each of Frobenius norm 1."""
+    # At least float32 until the scale is known: float16 would lose small gradients.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)
+    out: Tensor = torch.empty_like(x, dtype=dtype)
+    return torch.div(x, norm, out=out) if dtype != wide else x / norm
 
 
 def _iterate(
     wide: Tensor, schedule: Sequence[Coefficients], eps: float, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """Newton-Schulz of a (matrices, short, long) tensor."""
+    """Newton-Schulz of a (matrices, short, long) tensor by one of the two plain forms."""
     if backend == "bmm" or not schedule:
         return newton_schulz(wide.to(dtype), schedule, eps)
-    work = _work_dtype(dtype, wide.device)
-    # At least float32 until the scale is known: float16 would lose small gradients.
-    exact = wide.to(torch.promote_types(wide.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(exact, dim=(-2, -1), keepdim=True)
-    x = (exact / norm.clamp(min=eps)).to(work)
-    del exact
-    if backend == "symmetric":
-        for a, b, c in schedule:
-            gram = _half_product(x, x)
-            polynomial = _half_product(gram, gram, alpha=c, plus=gram, beta=b)
-            x = torch.baddbmm(x, polynomial, x, beta=a)
-        result: Tensor = x.to(dtype)
-        return result
-    product = _plain_product if not _halves(x) else _half_product
+    x = _normalised(wide, eps, _work_dtype(dtype, wide.device))
+    for a, b, c in schedule:
+        gram = _half_product(x, x)
+        polynomial = _half_product(gram, gram, alpha=c, plus=gram, beta=b)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    result: Tensor = x.to(dtype)
+    return result
+
+
+def _gram(xs: list[Tensor], schedule: Sequence[Coefficients]) -> list[Tensor]:
+    """Newton-Schulz of (matrices, rows, columns) tensors that have their short side in common."""
+    short = min(xs[0].shape[1:])
+    counts = [len(x) for x in xs]
+    product = _half_product if _halves(xs[0]) else _plain_product
     at = 0
-    for length in _segments(len(schedule), _STEPS_PER_GRAM[work]):
+    for length in _segments(len(schedule), _STEPS_PER_GRAM[xs[0].dtype]):
+        r = xs[0].new_empty(sum(counts), short, short)
+        for x, part in zip(xs, r.split(counts)):
+            side = x if x.size(1) == short else x.mT
+            product(side, side, out=part)
         q: Tensor | None = None
-        r = product(x, x)
         for k, (a, b, c) in enumerate(schedule[at : at + length]):
             polynomial = product(r, r, alpha=c, plus=r, beta=b, diagonal=a)
             q = polynomial if q is None else product(polynomial, q)
             if k + 1 < length:
                 r = product(product(polynomial, r), polynomial)
         assert q is not None
-        x = torch.bmm(q, x)
+        parts = zip(xs, q.split(counts))
+        xs = [torch.bmm(p, x) if x.size(1) == short else torch.bmm(x, p) for x, p in parts]
         at += length
-    result = x.to(dtype)
-    return result
+    return xs
 
 
 def _halves(x: Tensor) -> bool:
@@ -222,11 +282,12 @@ def _half_product(
     plus: Tensor | None = None,
     beta: float = 0.0,
     diagonal: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``alpha a b^T + beta plus + diagonal I``, where that is symmetric, computed by half."""
     from .kernels.symmetric import symmetric_product
 
-    return symmetric_product(a, b, alpha, plus, beta, diagonal)
+    return symmetric_product(a, b, alpha, plus, beta, diagonal, out)
 
 
 def _plain_product(
@@ -236,14 +297,15 @@ def _plain_product(
     plus: Tensor | None = None,
     beta: float = 0.0,
     diagonal: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The same by batched matrix products."""
     if plus is None:
-        result = torch.bmm(a, b.mT)
+        result = torch.bmm(a, b.mT, out=out)
         if alpha != 1.0:
-            result = result * alpha
+            result *= alpha
     else:
-        result = torch.baddbmm(plus, a, b.mT, beta=beta, alpha=alpha)
+        result = torch.baddbmm(plus, a, b.mT, beta=beta, alpha=alpha, out=out)
     if diagonal:
         result.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     return result

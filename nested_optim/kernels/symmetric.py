@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
 
 #: Tile of the result, depth of one step of the product, warps and pipeline stages: fixed, because
 #: what follows must not depend on a search.
@@ -27,8 +33,10 @@ def product_kernel(
     depth,
     a_batch,
     a_row,
+    a_column,
     b_batch,
     b_row,
+    b_column,
     alpha,
     beta,
     diagonal,
@@ -39,25 +47,19 @@ def product_kernel(
 ):
     """One tile on or below the diagonal of ``alpha a b^T + beta plus + diagonal I``, stored twice.
 
-    ``a`` and ``b`` are (batch, size, depth), contiguous along depth; ``plus`` and ``result`` are
-    (batch, size, size), contiguous.
+    ``a`` and ``b`` are (batch, size, depth); ``plus`` and ``result`` are (batch, size, size),
+    contiguous.
     """
     batch = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0)
-    # Tiles are counted row by row of the lower triangle: tile = i (i + 1) / 2 + j with j <= i.
-    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
-    j = tile - i * (i + 1) // 2
-
+    i, j = _place(tl.program_id(0))
     rows = i * TILE + tl.arange(0, TILE)
     columns = j * TILE + tl.arange(0, TILE)
     # Rows past the end read valid ones again; what they give is not stored.
     a_rows = rows % size
     b_rows = columns % size
     inner = tl.arange(0, DEPTH)
-    a_at = a + batch * a_batch + a_rows[:, None].to(tl.int64) * a_row + inner[None, :]
-    b_at = b + batch * b_batch + b_rows[:, None].to(tl.int64) * b_row + inner[None, :]
+    a_at = a + batch * a_batch + a_rows[:, None].to(tl.int64) * a_row + inner[None, :] * a_column
+    b_at = b + batch * b_batch + b_rows[:, None].to(tl.int64) * b_row + inner[None, :] * b_column
     total = tl.full((TILE, TILE), 0.0, tl.float32)
     for start in range(0, depth, DEPTH):
         if EVEN:
@@ -68,9 +70,78 @@ def product_kernel(
             part_a = tl.load(a_at, mask=inner[None, :] < left, other=0.0)
             part_b = tl.load(b_at, mask=inner[None, :] < left, other=0.0)
         total = tl.dot(part_a, tl.trans(part_b), total)
-        a_at += DEPTH
-        b_at += DEPTH
+        a_at += DEPTH * a_column
+        b_at += DEPTH * b_column
+    _finish(total, plus, result, batch, i, j, size, alpha, beta, diagonal, PLUS, TILE)
 
+
+@triton.jit(do_not_specialize=["depth"])
+def described_kernel(
+    a,
+    b,
+    plus,
+    result,
+    size,
+    depth,
+    alpha,
+    beta,
+    diagonal,
+    PLUS: tl.constexpr,
+    A_ALONG: tl.constexpr,
+    B_ALONG: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The same with ``a`` and ``b`` as tensor descriptors, which Hopper's copy engine reads.
+
+    A descriptor is of (batch, size, depth) if its matrices are contiguous along depth (``ALONG``),
+    else of (batch, depth, size). What it reads outside of them is zero.
+    """
+    batch = tl.program_id(1)
+    i, j = _place(tl.program_id(0))
+    total = tl.full((TILE, TILE), 0.0, tl.float32)
+    for start in range(0, depth, DEPTH):
+        if A_ALONG:
+            part_a = a.load([batch, i * TILE, start]).reshape(TILE, DEPTH)
+        else:
+            part_a = a.load([batch, start, i * TILE]).reshape(DEPTH, TILE).T
+        if B_ALONG:
+            part_b = b.load([batch, j * TILE, start]).reshape(TILE, DEPTH).T
+        else:
+            part_b = b.load([batch, start, j * TILE]).reshape(DEPTH, TILE)
+        total = tl.dot(part_a, part_b, total)
+    _finish(
+        total, plus, result, batch.to(tl.int64), i, j, size, alpha, beta, diagonal, PLUS, TILE
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(tile):
+    """Row and column of a tile, counted row by row of the lower triangle: i (i + 1) / 2 + j."""
+    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    return i, tile - i * (i + 1) // 2
+
+
+@triton.jit
+def _finish(
+    total,
+    plus,
+    result,
+    batch,
+    i,
+    j,
+    size,
+    alpha,
+    beta,
+    diagonal,
+    PLUS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Store a tile's sums, and off the diagonal their mirror image."""
+    rows = i * TILE + tl.arange(0, TILE)
+    columns = j * TILE + tl.arange(0, TILE)
     total = total * alpha
     inside = (rows[:, None] < size) & (columns[None, :] < size)
     offsets = batch * size * size + rows[:, None].to(tl.int64) * size + columns[None, :]
@@ -92,6 +163,7 @@ def symmetric_product(
     plus: Tensor | None = None,
     beta: float = 0.0,
     diagonal: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``alpha a b^T + beta plus + diagonal I`` for each of a batch, given that it is symmetric.
 
@@ -99,44 +171,65 @@ def symmetric_product(
     Sums are float32; a result's lower triangle is computed and its upper one copied from it.
 
     Args:
-        a, b: shape (batch, size, depth), float16 or float32, of one dtype.
+        a, b: shape (batch, size, depth), float16 or float32, of one dtype; any strides.
         alpha, beta, diagonal: numbers.
         plus: symmetric, shape (batch, size, size), contiguous, of the same dtype; or None.
+        out: where to put the result, contiguous; or None.
 
     Returns:
         Shape (batch, size, size), contiguous, of the dtype of ``a``.
     """
     batch, size, depth = a.shape
-    a, b = (x if x.stride(2) == 1 else x.contiguous() for x in (a, b))
-    result = torch.empty((batch, size, size), dtype=a.dtype, device=a.device)
-    if not result.numel():
-        return result
+    if out is None:
+        out = torch.empty((batch, size, size), dtype=a.dtype, device=a.device)
+    if not out.numel():
+        return out
     tile, step, stages = _blocks(a.dtype, size, depth)
     across = triton.cdiv(size, tile)
-    launcher: Any = product_kernel[(across * (across + 1) // 2, batch)]
-    with torch.cuda.device(a.device) if a.is_cuda else torch.no_grad():
-        launcher(
-            a,
-            b,
-            plus if plus is not None else a,
-            result,
-            size,
-            depth,
-            a.stride(0),
-            a.stride(1),
-            b.stride(0),
-            b.stride(1),
-            float(alpha),
-            float(beta),
-            float(diagonal),
-            PLUS=plus is not None,
-            EVEN=depth % step == 0,
-            TILE=tile,
-            DEPTH=step,
-            num_warps=NUM_WARPS if tile == TILE else 4,
-            num_stages=stages,
-        )
-    return result
+    grid = (across * (across + 1) // 2, batch)
+    numbers = float(alpha), float(beta), float(diagonal)
+    options = {
+        "PLUS": plus is not None,
+        "TILE": tile,
+        "DEPTH": step,
+        "num_warps": NUM_WARPS if tile == TILE else 4,
+        "num_stages": stages,
+    }
+    around = torch.cuda.device(a.device) if a.is_cuda else nullcontext()
+    with around:
+        if tile == TILE and described(a) and described(b):
+            launcher: Any = described_kernel[grid]
+            along = a.stride(2) == 1, b.stride(2) == 1
+            read = (_descriptor(x, by_row, tile, step) for x, by_row in zip((a, b), along))
+            launcher(
+                *read, plus if plus is not None else out, out, size, depth, *numbers,
+                A_ALONG=along[0], B_ALONG=along[1], **options,
+            )  # fmt: skip
+        else:
+            launcher = product_kernel[grid]
+            launcher(
+                a, b, plus if plus is not None else out, out, size, depth,
+                *a.stride(), *b.stride(), *numbers,
+                EVEN=depth % step == 0, **options,
+            )  # fmt: skip
+    return out
+
+
+def described(x: Tensor) -> bool:
+    """Whether a tensor can be read through a descriptor, and gains by it."""
+    if TensorDescriptor is None or x.dtype != torch.float16:
+        return False
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
+        return False
+    batch, row, column = x.stride()
+    if column != 1:
+        row, column = column, row
+    return column == 1 and (batch | row) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def _descriptor(x: Tensor, along: bool, tile: int, step: int) -> Any:
+    view = x if along else x.mT
+    return TensorDescriptor.from_tensor(view, [1, tile, step] if along else [1, step, tile])
 
 
 def _blocks(dtype: torch.dtype, size: int, depth: int) -> tuple[int, int, int]:
