@@ -63,7 +63,7 @@ class M3(NestedOptimizer):
         split_sizes: Sequence[int] | None = None,
         num_heads: int | Sequence[int] | None = None,
         ns_dtype: torch.dtype | str | None = None,
-        max_batch_bytes: int = 2**30,
+        max_batch_bytes: int = 2**31,
         frequency: int = 1,
         window: str = "mean",
         amsgrad: bool = False,
@@ -473,7 +473,7 @@ M3.__doc__ = rf"""Multi-scale momentum Muon for matrices and AdamW for the rest,
             accelerators and float32 on CPUs (float64 for float64 parameters). Where kernels compute
             in float16 instead of bfloat16, they are the more exact for it (default: None).
         max_batch_bytes (int): bound of the temporary memory of matrices that are orthogonalised
-            together; one matrix may exceed it (default: 1 GiB).
+            together; one matrix may exceed it (default: 2 GiB).
         frequency (int): gradients per update, as in :class:`NestedOptimizer` (default: 1).
         window (str): ``"mean"`` or ``"sum"`` (default: ``"mean"``).
         amsgrad (bool): for groups with ``algorithm="adamw"`` (default: False).

@@ -15,6 +15,7 @@ with fewer launches and fewer operations. Three forms of one iteration are at ha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
     indices: list[int]
     #: How many matrices each of them holds.
     counts: list[int]
-    #: Shape (matrices, rows, columns), in the dtype of the result.
+    #: Shape (matrices, rows, columns).
     result: Tensor
 
 
@@ -61,7 +62,7 @@ def orthogonalize(
     *,
     eps: float = 1e-7,
     dtype: torch.dtype = torch.float32,
-    max_batch_bytes: int = 2**30,
+    max_batch_bytes: int = 2**31,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Newton-Schulz of each tensor, those of one shape together.
@@ -103,33 +104,37 @@ def orthogonal_batches(
     dtype: torch.dtype,
     max_batch_bytes: int,
     backend: str = "auto",
+    as_computed: bool = False,
 ) -> Iterator[Batch]:
-    """The same, batch by batch, so that a caller can go on with each batch and then let it go."""
+    """The same, batch by batch, so that a caller can go on with each batch and then let it go.
+
+    With ``as_computed`` results may be left in float16 where ``dtype`` is bfloat16.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"Invalid backend: {backend!r}. Choose one of {', '.join(BACKENDS)}")
     buckets: dict[tuple[torch.device, torch.Size], list[int]] = {}
     for i, matrix in enumerate(matrices):
         buckets.setdefault((matrix.device, matrix.shape[1:]), []).append(i)
-    together: dict[tuple[torch.device, int], list[list[int]]] = {}
+    together: dict[tuple[torch.device, int], list[int]] = {}
     for (device, (rows, columns)), indices in buckets.items():
         short, long = sorted((rows, columns))
         chosen = _choose(backend, device, dtype, short, long, len(schedule))
-        room = max(1, max_batch_bytes // max(1, _bytes_each(dtype, short, long)))
-        for some in _chunks(indices, [matrices[i].size(0) for i in indices], room):
-            if chosen == "gram":
-                together.setdefault((device, short), []).append(some)
-                continue
+        if chosen == "gram":
+            together.setdefault((device, short), []).extend(indices)
+            continue
+        for some in _within(matrices, indices, dtype, max_batch_bytes):
             x = _stacked([matrices[i] for i in some])
             tall = rows > columns
             result = _iterate(x.mT if tall else x, schedule, eps, dtype, chosen)
             yield Batch(some, [matrices[i].size(0) for i in some], result.mT if tall else result)
-    for chunks in together.values():
-        for group in _groups(matrices, chunks, dtype, max_batch_bytes):
-            given = [_stacked([matrices[i] for i in some]) for some in group]
-            xs = _gram([_normalised(x, eps, _work_dtype(dtype, x.device)) for x in given], schedule)
-            del given
-            for some, x in zip(group, xs):
-                yield Batch(some, [matrices[i].size(0) for i in some], x.to(dtype))
+    for (device, _), indices in together.items():
+        work = _work_dtype(dtype, device)
+        for group in _within(matrices, indices, dtype, max_batch_bytes):
+            alike = [list(run) for _, run in groupby(group, lambda i: matrices[i].shape[1:])]
+            xs = [_normalised(_stacked([matrices[i] for i in some]), eps, work) for some in alike]
+            for some, x in zip(alike, _gram(xs, schedule)):
+                done = x if as_computed else x.to(dtype)
+                yield Batch(some, [matrices[i].size(0) for i in some], done)
 
 
 def _bytes_each(dtype: torch.dtype, short: int, long: int) -> int:
@@ -137,19 +142,19 @@ def _bytes_each(dtype: torch.dtype, short: int, long: int) -> int:
     return dtype.itemsize * (3 * short * long + 5 * short * short)
 
 
-def _groups(
-    matrices: Sequence[Tensor], chunks: list[list[int]], dtype: torch.dtype, max_bytes: int
-) -> Iterator[list[list[int]]]:
-    """Chunks of a common short side, as many together as the memory allows."""
-    some: list[list[int]] = []
+def _within(
+    matrices: Sequence[Tensor], indices: list[int], dtype: torch.dtype, max_bytes: int
+) -> Iterator[list[int]]:
+    """The indices in order, as many at a time as the memory allows (or one)."""
+    some: list[int] = []
     total = 0
-    for chunk in chunks:
-        short, long = sorted(matrices[chunk[0]].shape[1:])
-        size = sum(matrices[i].size(0) for i in chunk) * _bytes_each(dtype, short, long)
+    for i in indices:
+        count, rows, columns = matrices[i].shape
+        size = count * _bytes_each(dtype, *sorted((rows, columns)))
         if some and total + size > max_bytes:
             yield some
             some, total = [], 0
-        some.append(chunk)
+        some.append(i)
         total += size
     if some:
         yield some
@@ -168,20 +173,6 @@ def _stacked(given: list[Tensor]) -> Tensor:
             return torch.cat(given)
         at += x.size(0) * size
     return first.as_strided((sum(x.size(0) for x in given), *first.shape[1:]), first.stride())
-
-
-def _chunks(indices: list[int], counts: list[int], room: int) -> Iterator[list[int]]:
-    """Consecutive indices whose counts add up to at most ``room`` (or one index)."""
-    some: list[int] = []
-    total = 0
-    for i, count in zip(indices, counts):
-        if some and total + count > room:
-            yield some
-            some, total = [], 0
-        some.append(i)
-        total += count
-    if some:
-        yield some
 
 
 def _choose(
@@ -228,8 +219,12 @@ def _normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     # At least float32 until the scale is known: float16 would lose small gradients.
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)
-    out: Tensor = torch.empty_like(x, dtype=dtype)
-    return torch.div(x, norm, out=out) if dtype != wide else x / norm
+    if wide == torch.float32 != dtype and kernels.available(x.device) and x.is_contiguous():
+        from .kernels.normalize import divided
+
+        return divided(x, norm, dtype)
+    normalised: Tensor = (x / norm).to(dtype)
+    return normalised
 
 
 def _iterate(

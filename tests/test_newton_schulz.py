@@ -196,7 +196,9 @@ def test_matrices_of_one_shape_go_together_within_the_bound_of_memory():
         assert [sum(batch.counts) for batch in batches] == sizes
 
 
-@pytest.mark.parametrize("room, together", [(2**30, [5]), (2 * 4 * (3 * 8 * 20 + 5 * 8 * 8), [2, 2, 1])])
+@pytest.mark.parametrize(
+    "room, together", [(2**30, [5]), (2 * 4 * (3 * 8 * 20 + 5 * 8 * 8), [2, 2, 1])]
+)
 def test_what_has_its_short_side_in_common_goes_through_the_gram_form_together(
     room, together, monkeypatch
 ):
@@ -359,6 +361,30 @@ def test_a_symmetric_product_takes_inputs_that_are_not_contiguous(symmetric):
     torch.testing.assert_close(symmetric.symmetric_product(x.mT, x.mT), x.mT @ x)
     wide = gaussian(2, 20, 18, dtype=F32)[:, :, :9]
     torch.testing.assert_close(symmetric.symmetric_product(wide, wide), wide @ wide.mT)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 64, 32), (2, 5, 7), (0, 3, 3), (2, 40, 77)])
+def test_matrices_are_divided_by_their_norms(shape, dtype, symmetric):
+    normalize = importlib.reload(importlib.import_module("nested_optim.kernels.normalize"))
+    x = gaussian(*shape).to(dtype)
+    norms = gaussian(shape[0], 1, 1, seed=1).abs().float() + 0.1
+    exact = x.double() / norms.double()
+    done = normalize.divided(x, norms, F16)
+    assert done.dtype == F16
+    torch.testing.assert_close(done.double(), exact, rtol=1e-3, atol=1e-6)
+
+
+def test_results_may_stay_as_they_were_computed(symmetric):
+    matrices = [gaussian(1, 24, 90, dtype=F32)]
+    options = {"eps": 1e-7, "dtype": BF16, "max_batch_bytes": 2**30}
+    schedule = ns_schedule("quintic", 5)
+    [left], [rounded] = (
+        orthogonal_batches(matrices, schedule, as_computed=kept, **options)
+        for kept in (True, False)
+    )
+    assert (left.result.dtype, rounded.result.dtype) == (F16, BF16)
+    assert torch.equal(left.result.bfloat16(), rounded.result)
 
 
 @pytest.mark.parametrize("backend", ["auto", "symmetric", "gram"])

@@ -129,8 +129,9 @@ def test_a_captured_step_stays_right_through_chunks(options):
         captured.step()
     for _ in range(8):
         train(graph.replay)
-        for p, q in zip(params, twins):
-            torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-2)
+        for p, q, start in zip(params, twins, parameters()):
+            # Their products are batched in other ways, and so rounded in others.
+            assert (p - q).norm() <= 1e-2 * (q - start).norm()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
