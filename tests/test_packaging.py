@@ -15,7 +15,7 @@ IMPORT_AND_STEP = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-import nested_optim, nested_optim.integrations
+import nested_optim, nested_optim.integrations.loop
 assert nested_optim.__file__.startswith(sys.argv[1]), nested_optim.__file__
 parameter = torch.nn.Parameter(torch.ones(3))
 optimizer = nested_optim.NestedOptimizer([parameter], frequency=2)
@@ -25,6 +25,7 @@ for _ in range(2):
 assert (parameter < 1).all()
 # The tables and the benchmarks are extras: importing the package asks for none of them.
 extras = {"rich", "numpy.testing", "matplotlib", "sklearn", "click", "torchopt", "transformers"}
+extras |= {"accelerate", "lightning", "pydantic"}
 print(sorted(extras & set(sys.modules)), nested_optim.__version__)
 """
 
