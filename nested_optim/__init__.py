@@ -5,11 +5,20 @@ After *Nested Learning: The Illusion of Deep Learning Architectures* (arXiv 2512
 
 from ._version import __version__
 from .deep_momentum import DeepMomentum
+from .deep_nested import DeepNestedOptimizer
 from .delta_momentum import DeltaMomentum
 from .describe import describe
 from .dgd import DGD
 from .m3 import M3
 from .matrix_groups import matrix_groups
+from .meta import (
+    ContinuumMemoryState,
+    L2RegressionMomentum,
+    NestedController,
+    SimplifiedMetaTrainer,
+    UnrolledMetaTrainer,
+    create_meta_trainer,
+)
 from .nested import NestedOptimizer
 from .param_groups import (
     build_param_groups,
@@ -23,13 +32,20 @@ from .weight_memory import WeightMemory
 __all__ = [
     "DGD",
     "M3",
+    "ContinuumMemoryState",
     "DeepMomentum",
+    "DeepNestedOptimizer",
     "DeltaMomentum",
+    "L2RegressionMomentum",
+    "NestedController",
     "NestedOptimizer",
+    "SimplifiedMetaTrainer",
+    "UnrolledMetaTrainer",
     "WeightMemory",
     "__version__",
     "build_param_groups",
     "count_layers",
+    "create_meta_trainer",
     "depth_groups",
     "describe",
     "group_titans_params",

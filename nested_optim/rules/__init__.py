@@ -6,6 +6,7 @@ torch.
 
 from .adamw import adamw, bias_corrections
 from .deep_momentum import deep_momentum
+from .deep_nested import deep_nested
 from .delta_momentum import as_matrix, delta_momentum, delta_term
 from .dgd import dgd, input_decay, sgd
 from .exchange import exchange
@@ -42,6 +43,7 @@ __all__ = [
     "bias_corrections",
     "correction",
     "deep_momentum",
+    "deep_nested",
     "delta_momentum",
     "delta_term",
     "dgd",

@@ -22,7 +22,19 @@ from torch.testing._internal.common_optimizers import (
     optim_inputs_func_adam,
 )
 
-from nested_optim import DGD, M3, DeepMomentum, DeltaMomentum, NestedOptimizer, kernels
+from nested_optim import (
+    DGD,
+    M3,
+    DeepMomentum,
+    DeepNestedOptimizer,
+    DeltaMomentum,
+    NestedOptimizer,
+    kernels,
+)
+from nested_optim.meta import learned
+
+from .inputs import bad, options
+from .learning import PlainDeepNested, learning_errors, learning_inputs
 
 #: The name under which a class's own kernels count among its functional paths.
 KERNELS = "kernels"
@@ -139,11 +151,6 @@ ADAM: OptimizerInfo = next(info for info in optim_db if info.optim_cls is Adam)
 Inputs = Callable[..., list[OptimizerInput]]
 
 
-def options(desc: str, **kwargs: Any) -> OptimizerInput:
-    """An input without parameters, which the checks bring themselves."""
-    return OptimizerInput(params=None, kwargs=kwargs, desc=desc)
-
-
 def explicit(inputs: Inputs, **values: Any) -> Inputs:
     """The same inputs with these options spelled out where they were left to the defaults.
 
@@ -222,24 +229,6 @@ def mlp_memory_inputs(device: Any, dtype: torch.dtype | None = None) -> list[Opt
 def few_adam_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
     wanted = ("default", "maximize", "amsgrad")
     return [i for i in optim_inputs_func_adam(device, dtype) if i.desc in wanted]
-
-
-def bad(
-    desc: str,
-    error_type: type[Exception],
-    error_regex: str,
-    *,
-    params: Any = None,
-    error_on: OptimizerErrorEnum = OptimizerErrorEnum.CONSTRUCTION_ERROR,
-    **kwargs: Any,
-) -> ErrorOptimizerInput:
-    """An input that must be refused with this message."""
-    return ErrorOptimizerInput(
-        OptimizerInput(params=params, kwargs=kwargs, desc=desc),
-        error_on=error_on,
-        error_type=error_type,
-        error_regex=error_regex,
-    )
 
 
 def level_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
@@ -459,6 +448,10 @@ def without_capture(inputs: Inputs) -> Inputs:
     return eager
 
 
+def learning_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    return [*level_error_inputs(device, dtype), *learning_errors()]
+
+
 INFOS: list[Info] = [
     Info(
         NestedOptimizer,
@@ -537,6 +530,31 @@ INFOS: list[Info] = [
         functional=("nested_optim.nested", "nestedoptimizer"),
         differentiable_options=("lr", "weight_decay", "betas"),
         strided=("forloop", "foreach"),
+    ),
+    Info(
+        DeepNestedOptimizer,
+        optim_inputs_func=explicit(learning_inputs, weight_decay=0.0),
+        optim_error_inputs_func=learning_error_inputs,
+        supported_impls=("foreach",),
+        supports_fused_on=(),
+        has_capturable_arg=False,
+        default_path={"cpu": "_multi_tensor_", "cuda": "_multi_tensor_"},
+        functional=("nested_optim.deep_nested", "deepnestedoptimizer"),
+        wide_state=("window_sum", "exp_avg_slow1", "exp_avg_slow2", "update_trace"),
+        elementwise=False,  # tensors and groups share what they learn
+        learned=learned.KEYS,
+        strided=("forloop", "foreach"),
+        monotonic_updates=8,  # steps grow while they go the right way, and pass 0 sooner
+    ),
+    Info(
+        PlainDeepNested,
+        kernels="nested_optim.kernels.level_adamw",
+        optim_inputs_func=explicit(inherited_inputs, weight_decay=0.0),
+        optim_error_inputs_func=nested_error_inputs,
+        references=(Reference(AdamW, {}),),
+        functional=("nested_optim.nested", "nestedoptimizer"),
+        differentiable_options=("lr", "weight_decay", "betas"),
+        learned=("global_step",),
     ),
     # The suite's own check: what torch's optimizer fails is no conformance.
     Info(

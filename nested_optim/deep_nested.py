@@ -1,0 +1,600 @@
+"""DeepNestedOptimizer: AdamW whose step size and momenta are learned while it trains."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
+
+from .deep_nested_steps import (
+    Lists,
+    _multi_tensor_deepnestedoptimizer,
+    _single_tensor_deepnestedoptimizer,
+)
+from .fused import FusedSteps, Work
+from .meta import learned, options, simple
+from .meta import unroll as unrolled
+from .meta.features import clip_factor, observe
+from .meta.report import Report, as_loss
+from .meta.simple import Due
+from .names import find_parameters
+from .nested import NestedOptimizer, _count
+from .optimizer import LevelOptimizer, ParamsT
+from .param_groups import group_titans_params
+from .tensors import is_dtensor
+
+
+class DeepNestedOptimizer(Report, NestedOptimizer):
+    r"""AdamW whose step size and momenta are learned while it trains.
+
+    Three learned parts, each with a switch of its own, change AdamW's update of a tensor:
+
+    .. math::
+        m &\leftarrow \beta_1 (1 - d)\, m + (1-\beta_1) g, \qquad
+        n = w_0 (s\, \hat m + b\, g) + w_1 \hat m_1 + w_2 \hat m_2 + \dots \\
+        \theta &\leftarrow (1 - \eta\mu\lambda)\,\theta
+            - \eta\mu\, n / (\sqrt{\hat v} + \epsilon)
+
+    - the controller (``learn_lr``): statistics of each group give its multiplier :math:`\mu`;
+    - the momentum (``learn_momentum``): statistics of each tensor give scale s, shift b and damping
+      d; the momentum is a step on an L2 regression, see :class:`L2RegressionMomentum`;
+    - the mixture (``learn_mixing``): weights w of momenta on the time scales ``cms_frequencies``,
+      see :class:`ContinuumMemoryState`.
+
+    They begin at :math:`\mu = s = w_0 = 1` and 0 for the rest, exactly, so the first steps *are*
+    AdamW's, and with ``meta_lr=0``, or with all parts off, they stay :class:`NestedOptimizer`'s to
+    the bit. They leave it along true gradients of the model's loss only:
+
+    - ``mode="simple"``: every gradient tells what the update before it did to the loss (a
+      first-order hypergradient; Baydin et al. 2018). No further forward pass. What an update does
+      to momenta, and so to later updates, is left out. Derivatives are gathered and used every
+      ``meta_update_freq`` steps.
+    - ``mode="explicit"``: :meth:`meta_update` takes k real steps on copies and descends on the
+      validation loss after them, through all of them. Call it, or give ``val_batch_fn``.
+
+    When it helps: where the learning rate is off, or the best one changes. It does not replace a
+    search where that is cheap: simple mode looks one step ahead, and what is best for the next step
+    is known to be less than best for a run (short-horizon bias, Wu et al. 2018).
+
+    Args:
+        params_or_model (iterable or Module): parameters, ``(name, parameter)`` pairs, groups; or a
+            model, which makes the groups ``core`` and, if it has one, ``memory``
+            (:func:`group_titans_params`).
+        lr (float or Tensor): learning rate, which multipliers multiply and schedulers may move
+            (default: 1e-3).
+        model (Module): what :meth:`meta_update` unrolls; with parameters given too, those are
+            trained. Not saved with the state.
+        params (iterable): the same as ``params_or_model``.
+        base_lr (float or Tensor): the same as ``lr``.
+        loss_fn (callable): ``loss_fn(model, batch)`` for :meth:`meta_update`; None takes the
+            ``loss`` of the model's output. Not saved.
+        meta_lr (float): learning rate of the learned parts' Adam; 0 leaves them (default: 1e-4).
+        k_unroll (int): steps in an unroll from :meth:`observe_batch` (default: 5).
+        cms_frequencies (tuple): updates per chunk of each momentum, ascending from 1; each one
+            beside the first takes a tensor of at least float32 (default: (1, 10, 100)).
+        momentum_hidden_dim (int): units per layer of the momentum's network (default: 64).
+        controller_hidden_dim (int): units per layer of the controller (default: 32).
+        mode (str): ``"simple"`` or ``"explicit"`` (default: ``"simple"``).
+        meta_update_freq (int): steps between meta updates (default: 100).
+        unroll (str): ``"exact"``, ``"stepwise"`` (the same in less memory) or ``"first_order"``
+            (cheaper, biased), see :mod:`nested_optim.meta.unroll` (default: ``"exact"``).
+        use_gradient_checkpointing (bool): another word for ``unroll="stepwise"``.
+        min_lr_mult (float): lower bound of multipliers, in (0, 1) (default: 0.01).
+        max_lr_mult (float): upper bound, above 1 (default: 100). In between their logarithm moves.
+        max_grad_norm (float): clip the joint norm of all gradients to this before anything else
+            sees them; ``grad`` itself stays as it is. Other ports clip at 1.0 without being asked
+            (default: None, no clipping).
+        learn_lr (bool): the controller (default: True).
+        learn_momentum (bool): scale, shift and damping (default: True).
+        learn_mixing (bool): the mixture, and with it the slow momenta (default: True).
+        normalize (bool): divide by the root of the second moment (default: True).
+        val_batch_fn (callable): gives a validation batch for a :meth:`meta_update` every
+            ``meta_update_freq`` steps, in explicit mode, on the batches of :meth:`observe_batch`.
+            Not saved, like any hook.
+        betas, eps, weight_decay, amsgrad, frequency, window, decoupled, state_dtype, maximize,
+            foreach, capturable, differentiable, fused, kahan_sum: as in :class:`NestedOptimizer`,
+            with ``weight_decay`` 0 by default. The last four, and betas that are tensors, need the
+            learned parts off and ``normalize`` on.
+        param_groups (iterable): the same as ``params``.
+
+    All groups share the learned parts and their options. A multiplier is a group's: give parameters
+    that should learn their own a group of their own. Sharded parameters (DTensors) need the
+    learned parts off.
+
+    State, beside NestedOptimizer's: ``exp_avg_slow1``, ... for slow momenta; in simple mode
+    ``previous_grad`` and ``update_trace`` (12 numbers). In ``param_groups[0]``: flat float32
+    tensors ``<part>_weights``, ``_exp_avg``, ``_exp_avg_sq`` and ``_grad`` (gathered since the last
+    meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``global_step`` and
+    ``meta_updates``. Saving anywhere and going on is bit for bit the same. Batches kept for the
+    unroll, the model and the loss function are not saved.
+
+    Raises:
+        ValueError: an option's value or name is invalid, or a parameter is in two groups.
+        TypeError: models or parameters are given twice.
+        RuntimeError: an option that needs the learned parts off.
+
+    Example:
+        >>> optimizer = DeepNestedOptimizer(model, lr=1e-3)
+        >>> loss.backward()
+        >>> result = optimizer.step(loss)  # or step(): the controller then does not see the loss
+        >>> result["lr_multipliers"]  # one per group
+    """
+
+    def __init__(
+        self,
+        params_or_model: nn.Module | ParamsT | None = None,
+        lr: float | Tensor | None = None,
+        *,
+        model: nn.Module | None = None,
+        params: ParamsT | None = None,
+        base_lr: float | Tensor | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        meta_lr: float = 1e-4,
+        k_unroll: int = 5,
+        cms_frequencies: Sequence[int] = (1, 10, 100),
+        momentum_hidden_dim: int = 64,
+        controller_hidden_dim: int = 32,
+        mode: str = "simple",
+        meta_update_freq: int = 100,
+        unroll: str = "exact",
+        use_gradient_checkpointing: bool = False,
+        min_lr_mult: float = 0.01,
+        max_lr_mult: float = 100.0,
+        max_grad_norm: float | None = None,
+        learn_lr: bool = True,
+        learn_momentum: bool = True,
+        learn_mixing: bool = True,
+        normalize: bool = True,
+        val_batch_fn: Callable[[], Any] | None = None,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        frequency: int = 1,
+        window: str = "mean",
+        decoupled: bool = True,
+        state_dtype: torch.dtype | str | None = None,
+        kahan_sum: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        param_groups: ParamsT | None = None,
+    ) -> None:
+        if base_lr is not None:
+            if lr is not None and lr is not base_lr and lr != base_lr:
+                raise ValueError(f"lr={lr} and base_lr={base_lr} are one option: give one of them")
+            lr = base_lr
+        if use_gradient_checkpointing:
+            if unroll not in ("exact", "stepwise"):
+                raise ValueError(
+                    f"use_gradient_checkpointing=True means unroll='stepwise', not {unroll!r}"
+                )
+            unroll = "stepwise"
+        if isinstance(params_or_model, nn.Module):
+            if model is not None and model is not params_or_model:
+                raise TypeError("two models were given: as the first argument and as `model=`")
+            model = params_or_model
+        elif params_or_model is not None:
+            if params is not None:
+                raise TypeError("parameters were given twice: as the first argument and `params=`")
+            params = params_or_model
+        if params is None and param_groups is None and model is not None:
+            params = _groups_of(model)
+
+        defaults = {
+            "lr": 1e-3 if lr is None else lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "frequency": frequency,
+            "window": window,
+            "decoupled": decoupled,
+            "state_dtype": state_dtype,
+            "kahan_sum": kahan_sum,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "meta_lr": meta_lr,
+            "k_unroll": k_unroll,
+            "cms_frequencies": cms_frequencies,
+            "momentum_hidden_dim": momentum_hidden_dim,
+            "controller_hidden_dim": controller_hidden_dim,
+            "mode": mode,
+            "meta_update_freq": meta_update_freq,
+            "unroll": unroll,
+            "min_lr_mult": min_lr_mult,
+            "max_lr_mult": max_lr_mult,
+            "max_grad_norm": max_grad_norm,
+            "learn_lr": learn_lr,
+            "learn_momentum": learn_momentum,
+            "learn_mixing": learn_mixing,
+            "normalize": normalize,
+            # Made by the first step, in the first group only.
+            **dict.fromkeys(learned.KEYS),
+            "global_step": 0,
+            "meta_updates": 0,
+        }
+        self._start_transients()
+        self.model, self.loss_fn = model, loss_fn
+        LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups)
+        if val_batch_fn is not None:
+            if mode != "explicit":
+                raise ValueError("val_batch_fn is for mode='explicit'; mode='simple' needs no data")
+            self.register_meta_update_hook(
+                lambda _: self.meta_update(val_batch_fn()), every=meta_update_freq
+            )
+
+    _moment_keys = (*NestedOptimizer._moment_keys, "previous_grad")
+    _wide_keys = (*NestedOptimizer._wide_keys, *options.SLOW_KEYS)
+    _learned_keys = learned.KEYS
+
+    #: The model that :meth:`meta_update` unrolls, and its loss; not saved with the state.
+    model: nn.Module | None
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None
+
+    def _start_transients(self) -> None:
+        """What lives from one step to the next for convenience only, and is not saved."""
+        self._due: list[Due] = []
+        self._counted = False  # whether this step brought a gradient
+        self._loss: Tensor | None = None  # this step's, if it was told
+        self._told = False  # whether the last step was
+        self._batches: deque[Any] = deque()
+        self._inputs = {}
+        self.last_meta_loss = self.controller_grad_norm = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_due" not in self.__dict__:  # unpickled or copied
+            self._start_transients()
+            self.model = self.loss_fn = None
+
+    # ------------------------------------------------------------------ options
+
+    def _check_options(self, given: dict[str, Any], where: str) -> dict[str, Any]:
+        canonical = super()._check_options(given, where)
+        canonical.update(options.check({**given, **canonical}, where))
+        return canonical
+
+    def _check_edits(self, group: dict[str, Any], where: str) -> None:
+        super()._check_edits(group, where)
+        first = self.param_groups[0]
+        if options.shared(group) != options.shared(first):
+            for key in options.SHARED:
+                if group[key] != first[key]:
+                    raise ValueError(
+                        f"{where}{key} is {group[key]!r}, but {first[key]!r} in the first group: "
+                        "all groups share the learned parts; edit it in every group"
+                    )
+        options.check_plain_only(group, where)
+        if group is first:
+            learned.check_sizes(first, where)
+
+    def _check_other_groups(self, group: dict[str, Any], where: str) -> None:
+        super()._check_other_groups(group, where)
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        for key in options.SHARED:
+            if group.setdefault(key, shared[key]) != shared[key]:
+                raise ValueError(
+                    f"{where}{key}={group[key]!r}: all groups share the learned parts, whose {key} "
+                    f"is {shared[key]!r}; set it when building the optimizer"
+                )
+        for key in self._learned_keys:
+            if isinstance(group.get(key), Tensor) or group.get(key):
+                raise ValueError(
+                    f"{where}{key} is no option; load_state_dict() brings what was learned"
+                )
+
+    def _check_parameter(self, param: Tensor, group: dict[str, Any], where: str) -> None:
+        super()._check_parameter(param, group, where)
+        if is_dtensor(param) and not options.is_plain(group):
+            raise RuntimeError(
+                f"{where} is sharded (a DTensor), and learned updates look at whole tensors: "
+                "replicate it (DDP), or train with learn_lr, learn_momentum and learn_mixing off"
+            )
+
+    @property
+    def _plain(self) -> bool:
+        return options.is_plain(self.param_groups[0])
+
+    # The kernels are NestedOptimizer's rule, on gradients as they are.
+    @property
+    def _has_kernels(self) -> bool:  # type: ignore[override]
+        groups = self.__dict__.get("param_groups")
+        return not groups or (self._plain and groups[0]["max_grad_norm"] is None)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # What is clipped must have been unscaled.
+        clips = self.param_groups[0]["max_grad_norm"] is not None
+        return not clips and super()._step_supports_amp_scaling
+
+    # ------------------------------------------------------------------ state
+
+    def _slow_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        if "mixing" not in learned.modules(group):
+            return ()
+        return options.SLOW_KEYS[: len(group["cms_frequencies"]) - 1]
+
+    def _traces(self, group: dict[str, Any]) -> bool:
+        """Whether updates leave behind what the next gradient is to be compared with."""
+        return group["mode"] == "simple" and bool(learned.modules(group))
+
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        empty = partial(torch.zeros_like, param, memory_format=torch.preserve_format)
+        if group["normalize"]:
+            super()._init_state(param, group, state)
+        elif "exp_avg" not in state:
+            state["exp_avg"] = empty(dtype=self._state_dtype(param, group))
+        learned.ensure(self.param_groups[0], self.param_groups[0]["params"][0].device)
+        for key in self._slow_keys(group):
+            if key not in state:
+                state[key] = empty(dtype=self._window_dtype(param, group))
+        if self._traces(group) and "update_trace" not in state:
+            state["previous_grad"] = empty(dtype=self._state_dtype(param, group))
+            state["update_trace"] = simple.empty_trace(param)
+
+    def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
+        if key != "update_trace":
+            return super()._load_tensor(param, group, key, value)
+        if value.shape != (simple.TRACE,):
+            raise ValueError(
+                f"checkpoint's 'update_trace' has shape {tuple(value.shape)}, not {(simple.TRACE,)}"
+            )
+        return value.to(simple.empty_trace(param))
+
+    # ------------------------------------------------------------------ step
+
+    def step(self, closure: Callable[[], Any] | float | Tensor | None = None) -> Any:
+        """One step on the current gradients; may be told the loss, which the controller then sees.
+
+        Args:
+            closure: None; a function that re-evaluates the model and returns the loss, as in torch
+                (its loss is returned, and not looked at); or this step's loss, one number. It must
+                be the same on all ranks, or their parameters drift apart: all-reduce it first.
+
+        Returns:
+            The closure's loss, or None; told a loss, a dict of ``global_step`` (steps so far),
+            ``lr_multipliers`` (``(groups,)``, those of this step), ``meta_loss`` and
+            ``controller_grad_norm`` (of the last meta update, None before one).
+
+        Raises:
+            TypeError: the loss is no number.
+            RuntimeError: a gradient or a parameter that the rule cannot serve. Nothing has changed.
+        """
+        if told := closure is not None and not callable(closure):
+            self._loss = as_loss(closure)
+        try:
+            result = super().step(None if told else closure)
+        finally:
+            self._told, self._loss = self._loss is not None, None
+        if not told:
+            return result
+        return {
+            "global_step": self.param_groups[0]["global_step"],
+            "lr_multipliers": self.get_lr_multipliers(),
+            "meta_loss": self.last_meta_loss,
+            "controller_grad_norm": self.controller_grad_norm,
+        }
+
+    # torch would wrap it once more: hooks run in the step that this one calls.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def observe_loss(self, loss: float | Tensor | None) -> None:
+        """Tell the loss of the next step, which forgets it; None withdraws it."""
+        self._loss = None if loss is None else as_loss(loss)
+
+    def _step(self, closure: Callable[[], Any] | None, fused: FusedSteps | None) -> Any:
+        self._due, self._counted = [], False
+        result = super()._step(closure, fused)
+        if fused is not None and not self._counted:
+            self._counted = any(p.grad is not None for g in self.param_groups for p in g["params"])
+        self._counted &= not self._amp_scaling()  # the device knows whether this step was one
+        self._finish()
+        return result
+
+    @_use_grad_for_differentiable
+    def _step_while_compiling(self, closure: Callable[[], Any] | None) -> Any:
+        if not self._plain:
+            return self._step_uncompiled(closure)
+        return super()._step_while_compiling(closure)
+
+    @_use_grad_for_differentiable
+    def flush(self) -> int:
+        self._due, self._counted = [], False
+        updated = super().flush()
+        self._finish()
+        return updated
+
+    flush.__doc__ = NestedOptimizer.flush.__doc__
+
+    def _run_meta_update_hooks(self) -> None:
+        self._finish()  # hooks find the step complete
+        super()._run_meta_update_hooks()
+
+    def _gather(self, skip: Any = ()) -> tuple[Work, bool]:
+        work, fresh = super()._gather(skip)
+        limit = self.param_groups[0]["max_grad_norm"]
+        grads = [grad for _, _, some in work for grad in some]
+        if limit is None or not grads:
+            return work, fresh
+        factor = clip_factor(grads, limit)
+        clipped = [
+            (group, params, [(g * factor.to(g.device)).to(g.dtype) for g in some])
+            for group, params, some in work
+        ]
+        return clipped, fresh
+
+    def _on_gradients(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        self._counted |= bool(params)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        if options.is_plain(group):
+            super()._update(group, params, grads)
+        else:  # all groups together, in _finish
+            self._due.append(Due(group, params, grads))
+
+    def _finish(self) -> None:
+        """Learn from the gradients that have come, then update with them.
+
+        In this order, and over all groups at a time: an update and what is learned from it then
+        belong to the same weights of the networks.
+        """
+        due, self._due = self._due, []
+        counted, self._counted = self._counted, False
+        first = self.param_groups[0]
+        learns = first["meta_lr"] > 0 and self._traces(first)
+        if learns and due:
+            grads = simple.hypergradients(first, self.state, due, self._slow_keys(first))
+            learned.gather(first, grads)
+        if counted:
+            first["global_step"] += 1
+            if learns and first["global_step"] % first["meta_update_freq"] == 0:
+                self.controller_grad_norm = learned.meta_step(first, first["meta_update_freq"])
+                self.last_meta_loss = self._loss
+        if due:
+            flats = learned.weights(first)
+            for one in due:
+                self._apply(one, flats)
+
+    def _place(self, group: dict[str, Any]) -> tuple[int, float]:
+        at = next(i for i, g in enumerate(self.param_groups) if g is group)
+        return at, at / max(1, len(self.param_groups) - 1)
+
+    def _apply(self, due: Due, flats: dict[str, Tensor]) -> None:
+        """Update parameters of a group."""
+        group, params, grads = due
+        states = [self.state[p] for p in params]
+        slow_keys = self._slow_keys(group)
+        needed = {"exp_avg", *slow_keys}
+        needed |= {"exp_avg_sq"} if group["normalize"] else set()
+        needed |= {"max_exp_avg_sq"} if group["normalize"] and group["amsgrad"] else set()
+        needed |= {"update_trace"} if self._traces(group) else set()
+        for p, state in zip(params, states):
+            if not needed <= state.keys():  # switched on in mid-run
+                self._init_state(p, group, state)
+        _count([state["step"] for state in states])
+        steps = [_get_value(state["step"]) for state in states]
+
+        at, place = self._place(group)
+        of_group, of_tensors = observe(
+            list(flats),
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            place=place,
+            step=max(steps),
+            loss=self._loss,
+            maximize=group["maximize"],
+            home=self.param_groups[0]["params"][0].device,
+        )
+        inputs = learned.inputs_of(group, flats, group["betas"][0], of_group, of_tensors)
+        self._inputs[at] = inputs
+        if self._traces(group):
+            simple.remember(group, states, of_group, of_tensors)
+
+        dtypes = [torch.promote_types(p.dtype, s["exp_avg"].dtype) for p, s in zip(params, states)]
+        kept = [params, *([s[key] for s in states] for key in ("exp_avg",))]
+        if group["normalize"]:
+            keys = NestedOptimizer._moment_keys[1 : 2 + group["amsgrad"]]
+            kept += [[s[key] for s in states] for key in keys]
+        work = [[t.to(dtype) for t, dtype in zip(column, dtypes)] for column in kept]
+        lists = Lists(
+            work[0],
+            [grad.to(dtype) for grad, dtype in zip(grads, dtypes)],
+            work[1],
+            work[2] if len(work) > 2 else [],
+            work[3] if len(work) > 3 else [],
+            [[s[key] for key in slow_keys] for s in states],
+            [s["previous_grad"] for s in states] if self._traces(group) else [],
+        )
+        if self._uses_foreach(group, params):
+            _multi_tensor_deepnestedoptimizer(lists, steps, inputs, group)
+        else:
+            _single_tensor_deepnestedoptimizer(lists, steps, inputs, group)
+        for original, result in zip(chain(*kept), chain(*work)):
+            if result is not original:
+                original.copy_(result)
+
+    # ------------------------------------------------------------------ explicit meta updates
+
+    def observe_batch(self, batch: Any) -> None:
+        """Keep a training batch for :meth:`meta_update`; the last ``k_unroll`` are kept.
+
+        They are held as they are and not saved with the state: after resuming, meta updates begin
+        when as many have come again.
+        """
+        self._batches.append(batch)
+        while len(self._batches) > self.param_groups[0]["k_unroll"]:
+            self._batches.popleft()
+
+    @torch._disable_dynamo
+    def meta_update(
+        self,
+        val_batch: Any,
+        train_batches: Iterable[Any] | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> Tensor:
+        """Unroll real steps, and descend on the validation loss after them in all learned weights.
+
+        Steps of this optimizer are taken on copies, one per training batch, from where training
+        stands. Parameters, gradients, optimizer state, buffers and random number generators are
+        left as they are. See :mod:`nested_optim.meta.unroll` for what a model must bear.
+
+        Args:
+            val_batch: what the loss after the steps is taken of.
+            train_batches: a batch per step; None takes those of :meth:`observe_batch`, of which
+                there must be ``k_unroll``.
+            loss_fn: ``loss_fn(model, batch)`` gives a loss; None takes the constructor's, or
+                without one the ``loss`` of what the model returns.
+
+        Returns:
+            The validation loss after the steps, 0-d.
+
+        Raises:
+            RuntimeError: there is no model, or there are too few batches.
+        """
+        first = self.param_groups[0]
+        if first["mode"] != "explicit":
+            raise RuntimeError(
+                "meta_update() is for mode='explicit'; in mode='simple' the optimizer learns in "
+                "step()"
+            )
+        batches = list(self._batches if train_batches is None else train_batches)
+        if train_batches is None and len(batches) < first["k_unroll"]:
+            raise RuntimeError(
+                f"meta_update() unrolls {first['k_unroll']} steps, but {len(batches)} batches have "
+                "been seen: call observe_batch() at each step, or pass train_batches="
+            )
+        if not learned.modules(first):
+            raise RuntimeError(
+                "there is nothing to learn: switch learn_lr, learn_momentum or learn_mixing on"
+            )
+        loss, grads = unrolled.meta_gradient(
+            self, val_batch, batches, loss_fn or self.loss_fn, first["unroll"]
+        )
+        learned.gather(first, grads)
+        self.controller_grad_norm = learned.meta_step(first, 1)
+        self.last_meta_loss = loss
+        return loss
+
+
+def _groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The two groups of a bare model, ``core`` and, where it has one, ``memory``."""
+    memory = set(group_titans_params(model)[1])
+    named = find_parameters(model).trainable.items()
+    groups = [
+        {"name": "core", "params": [(n, p) for n, p in named if p not in memory]},
+        {"name": "memory", "params": [(n, p) for n, p in named if p in memory]},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,195 @@
+"""The paths of ``DeepNestedOptimizer``'s learned step: for-loop, foreach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .momentum import foreach_scale
+from .rules.deep_nested import Inputs, coefficients, deep_nested, factor_for
+from .tensors import to_scalar
+
+
+class Lists(NamedTuple):
+    """Lists of tensors, one entry per parameter; a list that is not needed is empty.
+
+    The first five share their dtype per parameter. Slow momenta have their own, a list of them for
+    each parameter.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    slow: list[list[Tensor]]
+    last_grads: list[Tensor]  # where to keep the gradients as the moments saw them
+
+
+def each(inputs: Inputs, i: int, device: torch.device) -> Inputs:
+    """The inputs of one tensor, on its device. ``(1,)`` holds for all tensors."""
+    return _taken(inputs, lambda row: row[i if len(row) > 1 else 0], device)
+
+
+def _rows(members: list[int], row: Tensor) -> Tensor:
+    if len(row) == 1 or len(row) == len(members):
+        return row
+    return torch.stack([row[i] for i in members])  # an index would be copied to the device
+
+
+def _taken(inputs: Inputs, take: Callable[[Tensor], Tensor], device: torch.device) -> Inputs:
+    multiplier, scale, shift, damping = (
+        None if row is None else take(row).to(device) for row in inputs[:4]
+    )
+    mixing = None if inputs.mixing is None else inputs.mixing.to(device)
+    return Inputs(multiplier, scale, shift, damping, mixing)
+
+
+def _single_tensor_deepnestedoptimizer(
+    lists: Lists, steps: Sequence[float], inputs: Inputs, group: dict[str, Any]
+) -> None:
+    """The rule itself, tensor by tensor."""
+    for i, param in enumerate(lists.params):
+        new = deep_nested(
+            param,
+            lists.grads[i],
+            lists.exp_avgs[i],
+            lists.exp_avg_sqs[i] if lists.exp_avg_sqs else None,
+            lists.max_exp_avg_sqs[i] if lists.max_exp_avg_sqs else None,
+            lists.slow[i],
+            inputs=each(inputs, i, param.device),
+            **rule_options(group, steps[i], len(lists.slow[i])),
+        )
+        kept = [param, lists.exp_avgs[i]]
+        results: list[Any] = [new.param, new.exp_avg]
+        for column, result in (
+            (lists.exp_avg_sqs, new.exp_avg_sq),
+            (lists.max_exp_avg_sqs, new.max_exp_avg_sq),
+            (lists.last_grads, new.grad),
+        ):
+            if column:
+                kept.append(column[i])
+                results.append(result)
+        for tensor, result in zip([*kept, *lists.slow[i]], [*results, *new.slow]):
+            tensor.copy_(result)
+
+
+def rule_options(group: dict[str, Any], step: float, slow: int) -> dict[str, Any]:
+    """What the rule takes of a group's options."""
+    return {
+        "step": step,
+        "lr": to_scalar(group["lr"]),
+        "betas": group["betas"],
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "decoupled": group["decoupled"],
+        "maximize": group["maximize"],
+        "frequencies": group["cms_frequencies"][: slow + 1],
+    }
+
+
+def _multi_tensor_deepnestedoptimizer(
+    lists: Lists, steps: Sequence[float], inputs: Inputs, group: dict[str, Any]
+) -> None:
+    """The rule on lists of tensors."""
+    kinds: dict[Any, list[int]] = {}
+    for i, p in enumerate(lists.params):
+        kinds.setdefault((p.device, p.dtype, steps[i]), []).append(i)
+    for (device, _, step), members in kinds.items():
+        columns: Any = ([column[i] for i in members] if column else [] for column in lists)
+        theirs = _taken(inputs, partial(_rows, members), device)
+        _multi_tensor_of_a_kind(Lists(*columns), step, theirs, group)
+
+
+def _multi_tensor_of_a_kind(
+    lists: Lists, step: float, inputs: Inputs, group: dict[str, Any]
+) -> None:
+    """Tensors of one device, dtype and step; inputs ``(tensors,)`` or ``(1,)``."""
+    lr, weight_decay, eps = to_scalar(group["lr"]), group["weight_decay"], group["eps"]
+    beta1, beta2 = group["betas"]
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, slow, last_grads = lists
+    count = len(params)
+    is_complex = params[0].is_complex()
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
+        if group["decoupled"]:
+            rate: Any = lr * weight_decay
+            if inputs.multiplier is not None:
+                rate = rate * inputs.multiplier[0]
+            if isinstance(rate, Tensor):
+                _scale(params, 1 - rate)
+            else:
+                torch._foreach_mul_(params, 1 - rate)
+        else:
+            if isinstance(weight_decay, Tensor):
+                penalties = torch._foreach_mul(params, weight_decay)
+                grads = list(torch._foreach_add(grads, penalties))
+            else:
+                grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+    if last_grads:
+        torch._foreach_copy_(last_grads, grads)
+    if is_complex:
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = (
+            list(map(torch.view_as_real, column))
+            for column in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        )
+        slow = [list(map(torch.view_as_real, momenta)) for momenta in slow]
+
+    if inputs.damping is not None:
+        _scale(exp_avgs, 1 - inputs.damping)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    frequencies = group["cms_frequencies"][: len(slow[0]) + 1]
+    fast, now, others = coefficients(inputs, step, beta1, frequencies)
+    numerators = exp_avgs
+    if fast is not None or now is not None or others:
+        numerators = [m.clone() for m in exp_avgs]
+    if fast is not None:
+        _scale(numerators, fast)
+    if now is not None:
+        _add(numerators, grads, now)
+    for momenta, weight, frequency in zip(zip(*slow), others, frequencies[1:]):
+        _advance_slow(list(momenta), grads, step, frequency, beta1)
+        _add(numerators, list(momenta), weight)
+
+    first, second = rules.bias_corrections(step, (beta1, beta2))
+    size: Any = -(lr / first)
+    if not exp_avg_sqs:
+        torch._foreach_add_(params, numerators, alpha=size)
+        return
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    if max_exp_avg_sqs:
+        torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
+    denominators = torch._foreach_sqrt(max_exp_avg_sqs or exp_avg_sqs)
+    torch._foreach_div_(denominators, [second**0.5] * count)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(params, numerators, denominators, [size] * count)
+
+
+def _scale(tensors: list[Tensor], weights: Tensor) -> None:
+    """In place; one 0-d weight for each tensor, while ``(1,)`` and 0-d hold for all."""
+    each_weight = weights.expand(len(tensors)).unbind(0)
+    torch._foreach_mul_(tensors, [factor_for(t, w) for t, w in zip(tensors, each_weight)])
+
+
+def _add(totals: list[Tensor], tensors: list[Tensor], weights: Tensor) -> None:
+    # In place on copies: a 0-d tensor times a 0-d weight would be of the weight's dtype.
+    scaled = [t.clone() for t in tensors]
+    _scale(scaled, weights)
+    torch._foreach_add_(totals, [t.to(total.dtype) for t, total in zip(scaled, totals)])
+
+
+def _advance_slow(
+    momenta: list[Tensor], grads: list[Tensor], step: float, frequency: int, beta: float
+) -> None:
+    """``rules.deep_nested.slow_momentum`` on lists, in place."""
+    if (step - 1) % frequency == 0:
+        foreach_scale(momenta, beta)
+    wide = [grad.to(m.dtype) for grad, m in zip(grads, momenta)]
+    torch._foreach_add_(momenta, wide, alpha=(1 - beta) / frequency)

@@ -1,0 +1,111 @@
+"""The options of ``DeepNestedOptimizer``'s learned parts: defaults, validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from . import learned
+from .continuum import check_frequencies
+from .controller import check_count, check_range
+
+MODES = ("simple", "explicit")
+UNROLLS = ("exact", "stepwise", "first_order")
+#: How many momenta a parameter may have.
+MAX_MOMENTA = 8
+#: Where a parameter's state keeps those beside the first.
+SLOW_KEYS = tuple(f"exp_avg_slow{i}" for i in range(1, MAX_MOMENTA))
+
+#: Options that all groups share.
+SHARED = (
+    "meta_lr",
+    "k_unroll",
+    "cms_frequencies",
+    "momentum_hidden_dim",
+    "controller_hidden_dim",
+    "mode",
+    "meta_update_freq",
+    "unroll",
+    "min_lr_mult",
+    "max_lr_mult",
+    "max_grad_norm",
+    "learn_lr",
+    "learn_momentum",
+    "learn_mixing",
+    "normalize",
+)
+shared = itemgetter(*SHARED)
+
+#: What NestedOptimizer can do and a learned update cannot, and why.
+_PLAIN_ONLY = {
+    "fused": "it has no fused kernel",
+    "capturable": "it counts updates on the host",
+    "differentiable": "meta_update() goes back through steps instead",
+    "kahan_sum": "its rule carries no compensation",
+}
+
+
+def is_plain(group: Mapping[str, Any]) -> bool:
+    """Whether these options leave NestedOptimizer's rule as it is."""
+    return bool(group["normalize"]) and not learned.modules(group)
+
+
+def check(options: dict[str, Any], where: str) -> dict[str, Any]:
+    """Validate a group's options; return those that need a canonical form.
+
+    Raises:
+        ValueError: a value is out of its range.
+        RuntimeError: an option needs the learned parts off.
+    """
+    canonical: dict[str, Any] = {
+        "cms_frequencies": check_frequencies(options["cms_frequencies"], where)
+    }
+    if len(canonical["cms_frequencies"]) > MAX_MOMENTA:
+        raise ValueError(f"{where}cms_frequencies has more than {MAX_MOMENTA} entries")
+    for key in ("k_unroll", "momentum_hidden_dim", "controller_hidden_dim", "meta_update_freq"):
+        check_count(key, options[key], where)
+    for key, choices in (("mode", MODES), ("unroll", UNROLLS)):
+        if options[key] not in choices:
+            raise ValueError(
+                f"{where}Invalid {key}: {options[key]!r}. Choose one of {', '.join(choices)}"
+            )
+    low, high = check_range(options["min_lr_mult"], options["max_lr_mult"], where)
+    canonical.update(min_lr_mult=low, max_lr_mult=high)
+    rate = options["meta_lr"]
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+        raise ValueError(f"{where}Invalid meta_lr: {rate!r}. Give a number >= 0")
+    canonical["meta_lr"] = float(rate)
+    limit = options["max_grad_norm"]
+    if limit is not None:
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            raise ValueError(
+                f"{where}Invalid max_grad_norm: {limit!r}. Give a number > 0, or None for no "
+                "clipping"
+            )
+        canonical["max_grad_norm"] = float(limit)
+    for key in (*learned.SWITCHES.values(), "normalize"):
+        if not isinstance(options[key], bool):
+            raise ValueError(f"{where}Invalid {key}: {options[key]!r}. True or False")
+    check_plain_only({**options, **canonical}, where)
+    canonical.update(learned.checked({**options, **canonical}, where))
+    return canonical
+
+
+def check_plain_only(options: Mapping[str, Any], where: str) -> None:
+    """Raise for what a learned update cannot do."""
+    if is_plain(options):
+        return
+    for key, why in _PLAIN_ONLY.items():
+        if options[key]:
+            raise RuntimeError(
+                f"{where}a learned update does not support `{key}`: {why}. It is there with "
+                "learn_lr, learn_momentum and learn_mixing off and normalize on"
+            )
+    if isinstance(options["betas"][0], Tensor):
+        raise RuntimeError(
+            f"{where}a learned update does not support betas that are tensors: give numbers"
+        )

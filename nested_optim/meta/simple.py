@@ -1,0 +1,157 @@
+"""First-order hypergradients: what a gradient says about the update before it.
+
+The loss at a gradient depends on the update before it through the parameters only, so its
+derivative by that update's inputs is a product of the gradient with the update's parts. These are
+made again from what is in memory anyway: momenta and second moment are as the update left them,
+and the state keeps the gradient that it used and what the networks saw. The derivative is exact,
+less what the update did to momenta and so to later updates.
+
+Weights of networks change between the use of one gradient for learning and its use for an update,
+not in between: so at frequency 1 an update and what is learned from it belong to the same weights.
+Where a meta update lies between the two (in a slow group's window), the networks are
+differentiated at the present weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_value
+
+from ..rules.deep_nested import alignments, next_loss
+from . import learned
+from .features import GROUP_FEATURES, TENSOR_FEATURES, beside
+
+#: learning rate and decoupled weight decay of the last update, then what the networks saw
+TRACE = 2 + GROUP_FEATURES + TENSOR_FEATURES
+
+
+class Due(NamedTuple):
+    """Parameters of a group whose windows have closed, and what these came to."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+
+
+def empty_trace(param: Tensor) -> Tensor:
+    """The trace of a parameter that has not been updated: nothing is learned from it."""
+    dtype = param.real.dtype if param.is_complex() else param.dtype
+    return torch.zeros(TRACE, dtype=torch.promote_types(dtype, torch.float32), device=param.device)
+
+
+def remember(
+    group: dict[str, Any],
+    states: Sequence[dict[str, Any]],
+    of_group: Tensor | None,
+    of_tensors: Tensor | None,
+) -> None:
+    """Keep with each tensor what its update had that is not in the state anyway."""
+    rates = [group["lr"], group["weight_decay"] if group["decoupled"] else 0.0]
+    seen = of_group if of_group is not None else of_tensors
+    like = states[0]["update_trace"] if seen is None else seen
+    known = torch.stack(
+        [
+            rate.to(like).reshape(()) if isinstance(rate, Tensor) else like.new_full((), rate)
+            for rate in rates
+        ]
+    )
+    if of_group is None:
+        of_group = like.new_zeros(GROUP_FEATURES)
+    if of_tensors is None:
+        of_tensors = like.new_zeros(len(states), TENSOR_FEATURES)
+    shared = torch.cat([known, of_group]).expand(len(states), -1)
+    rows = torch.cat([shared, of_tensors], dim=1)
+    traces = [state["update_trace"] for state in states]
+    for trace, row in zip(traces, rows.unbind(0)):
+        trace.copy_(row)
+
+
+def second_moment(group: dict[str, Any], state: dict[str, Any]) -> Tensor | None:
+    """What an update of this group divides by, before its root; None for nothing."""
+    if not group["normalize"]:
+        return None
+    found: Tensor = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    return found
+
+
+def hypergradients(
+    first: dict[str, Any], state: Any, dues: Iterable[Due], slow_keys: Sequence[str]
+) -> dict[str, Tensor]:
+    """The derivative of the loss behind these gradients by every learned weight.
+
+    Args:
+        first: the group that holds the weights.
+        state: the optimizer's.
+        dues: gradients that have come, before anything is updated with them.
+        slow_keys: where a parameter's state keeps its slow momenta.
+
+    Returns:
+        For each module a tensor of its weights' shape; empty where nothing was updated before.
+    """
+    with torch.enable_grad():
+        flats = learned.weights(first, requires_grad=True)
+        losses = [
+            loss
+            for due in dues
+            if (loss := _next_losses(first, flats, state, due, slow_keys)) is not None
+        ]
+        if not losses or not flats:
+            return {}
+        total = torch.stack(losses).sum()
+        found = torch.autograd.grad(total, list(flats.values()), allow_unused=True)
+    return {m: torch.zeros_like(flats[m]) if g is None else g for m, g in zip(flats, found)}
+
+
+def _next_losses(
+    first: dict[str, Any],
+    flats: dict[str, Tensor],
+    state: Any,
+    due: Due,
+    slow_keys: Sequence[str],
+) -> Tensor | None:
+    group = due.group
+    rows, traces, corrections = [], [], []
+    beta1 = group["betas"][0]
+    for p, grad in zip(due.params, due.grads):
+        kept = state[p]
+        step = _get_value(kept["step"])
+        if step < 1 or not kept.keys() >= {"previous_grad", *slow_keys}:
+            continue  # not updated yet, or not with what has been switched on since
+        rows.append(
+            alignments(
+                grad,
+                p.detach(),
+                kept["previous_grad"],
+                kept["exp_avg"],
+                second_moment(group, kept),
+                [kept[key] for key in slow_keys],
+                step=step,
+                betas=group["betas"],
+                eps=group["eps"],
+                frequencies=group["cms_frequencies"][: len(slow_keys) + 1],
+            )
+        )
+        traces.append(kept["update_trace"])
+        corrections.append(1 - beta1**step)
+    if not rows:
+        return None
+    like = next(iter(flats.values()))
+    products = torch.stack([row.to(like) for row in rows])
+    if group["maximize"]:
+        products = -products
+    trace = torch.stack([t.to(like) for t in traces])
+    lr, weight_decay = trace[:, 0], trace[:, 1]
+    of_group, of_tensors = trace[:, 2:].split([GROUP_FEATURES, TENSOR_FEATURES], dim=1)
+    inputs = learned.inputs(group, flats, beta1, of_group, of_tensors)
+    return next_loss(
+        products,
+        inputs,
+        lr=lr,
+        weight_decay=weight_decay,
+        beta=like.new_full((), beta1),
+        correction=beside(like, corrections),
+    ).sum()

@@ -1,0 +1,263 @@
+"""First-order hypergradients against finite differences of the real two-step process."""
+
+import pytest
+import torch
+from torch import nn
+
+from nested_optim import DeepNestedOptimizer
+from nested_optim.meta import learned
+
+from .helpers import assert_same_tensors
+from .meta_helpers import (
+    SMALL,
+    Net,
+    assert_agrees,
+    batch,
+    finite_differences,
+    in_float64,
+    loss_of,
+    relative_error,
+    snapshot,
+    step_on,
+    two_groups,
+)
+
+VARIANTS = {
+    "plain": {},
+    "decay": {"weight_decay": 0.3},
+    "coupled": {"weight_decay": 0.3, "decoupled": False},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True},
+    "not normalized": {"normalize": False, "lr": 0.3},
+    "for-loop": {"foreach": False, "weight_decay": 0.1},
+    "controller alone": {"learn_momentum": False, "learn_mixing": False},
+    "momentum alone": {"learn_lr": False, "learn_mixing": False, "weight_decay": 0.1},
+    "mixing alone": {"learn_lr": False, "learn_momentum": False},
+    "clipped": {"max_grad_norm": 0.1},
+}
+
+
+def build(model, **options):
+    optimizer = DeepNestedOptimizer(
+        two_groups(model), **{"lr": 0.05, "meta_update_freq": 1000, **SMALL, **options}
+    )
+    in_float64(optimizer)
+    return optimizer
+
+
+def gathered(optimizer):
+    first = optimizer.param_groups[0]
+    return {m: first[f"{m}_grad"].clone() for m in learned.modules(first)}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_the_hypergradient_is_that_of_the_loss_after_a_real_step(options):
+    model = Net()
+    optimizer = build(model, **options)
+    for i in range(4):
+        step_on(optimizer, model, batch(i), told=True)
+    restore = snapshot(optimizer, model)
+
+    def limit(norm):
+        for group in optimizer.param_groups:
+            group["max_grad_norm"] = norm
+
+    def run(perturb):
+        restore()
+        limit(options.get("max_grad_norm"))
+        perturb()
+        step_on(optimizer, model, batch(4), told=True)
+        return loss_of(model, batch(5)).detach()
+
+    sign = -1 if options.get("maximize") else 1
+    restore()
+    step_on(optimizer, model, batch(4), told=True)
+    before = gathered(optimizer)
+    # What is learned from a gradient does not depend on what clipping does to it now.
+    limit(None)
+    step_on(optimizer, model, batch(5), told=True)
+    found = {m: sign * (after - before[m]) for m, after in gathered(optimizer).items()}
+    assert_agrees(optimizer, run, found)
+    if not options:  # weight by weight
+        expected = finite_differences(optimizer, run)
+        for module in expected:
+            assert relative_error(found[module], expected[module]) <= 1e-6, module
+            assert (expected[module] != 0).all(), module
+
+
+def test_a_slow_group_learns_from_its_window_s_mean_loss():
+    model = Net()
+    options = {"lr": 0.05, "meta_update_freq": 1000, **SMALL, "weight_decay": 0.1}
+    optimizer = DeepNestedOptimizer(two_groups(model, frequency=2), **options)
+    in_float64(optimizer)
+    for p in model.first.parameters():
+        p.requires_grad_(False)
+    model.gain.requires_grad_(False)
+    for i in range(3):
+        step_on(optimizer, model, batch(i))
+    restore = snapshot(optimizer, model)
+
+    def run(perturb):
+        restore()
+        perturb()
+        step_on(optimizer, model, batch(3))  # closes a window
+        losses = [step_on(optimizer, model, batch(i)) for i in (4, 5)]
+        return (losses[0] + losses[1]) / 2
+
+    step_on(optimizer, model, batch(3))
+    before = gathered(optimizer)
+    step_on(optimizer, model, batch(4))
+    assert all(torch.equal(a, b) for a, b in zip(gathered(optimizer).values(), before.values()))
+    step_on(optimizer, model, batch(5))
+    found = {m: after - before[m] for m, after in gathered(optimizer).items()}
+    assert_agrees(optimizer, run, found)
+
+
+def test_the_hypergradient_is_exact_across_a_meta_update():
+    model = Net()
+    optimizer = build(model, meta_update_freq=3, meta_lr=0.05, weight_decay=0.1)
+    for i in range(5):
+        step_on(optimizer, model, batch(i))
+    restore = snapshot(optimizer, model)
+    first = optimizer.param_groups[0]
+
+    # The sixth step moves the weights before it uses them; it is perturbed after that.
+    updated = learned.meta_step
+
+    def run(perturb):
+        restore()
+
+        def moved(*args):
+            norm = updated(*args)
+            perturb()
+            return norm
+
+        learned.meta_step = moved
+        try:
+            step_on(optimizer, model, batch(5))
+        finally:
+            learned.meta_step = updated
+        return loss_of(model, batch(6)).detach()
+
+    step_on(optimizer, model, batch(5))
+    assert first["meta_updates"] == 2
+    assert all(not grad.any() for grad in gathered(optimizer).values())
+    step_on(optimizer, model, batch(6))
+    assert_agrees(optimizer, run, gathered(optimizer))
+
+
+def test_complex_parameters_learn_as_their_parts():
+    z = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
+    optimizer = DeepNestedOptimizer([z], lr=0.05, meta_update_freq=1000, **SMALL)
+    in_float64(optimizer)
+    target = torch.randn(3, 2, dtype=torch.complex128)
+
+    def loss(i):
+        return ((z - target * (1 + 0.1 * i)).abs() ** 2).mean()
+
+    def step(i):
+        optimizer.zero_grad()
+        loss(i).backward()
+        optimizer.step()
+
+    for i in range(3):
+        step(i)
+    restore = snapshot(optimizer, nn.Module())
+
+    def run(perturb):
+        restore()
+        perturb()
+        step(3)
+        return loss(4).detach()
+
+    step(3)
+    before = gathered(optimizer)
+    step(4)
+    found = {m: after - before[m] for m, after in gathered(optimizer).items()}
+    assert_agrees(optimizer, run, found)
+
+
+def test_a_gradient_that_is_not_finite_teaches_nothing():
+    model = Net()
+    optimizer = build(model)
+    for i in range(3):
+        step_on(optimizer, model, batch(i))
+    before = gathered(optimizer)
+    model.last.weight.grad = torch.full_like(model.last.weight, float("inf"))
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(gathered(optimizer).values(), before.values()))
+
+
+def test_every_learned_weight_moves_in_the_first_meta_update():
+    model = Net(torch.float32)
+    optimizer = DeepNestedOptimizer(
+        two_groups(model), lr=0.05, meta_update_freq=4, meta_lr=0.01, cms_frequencies=(1, 10, 100)
+    )
+    x = batch(0, torch.float32)
+    step_on(optimizer, model, x)
+    first = optimizer.param_groups[0]
+    start = {m: first[f"{m}_weights"].clone() for m in learned.modules(first)}
+    assert set(start) == {"controller", "momentum", "mixing"}
+    for i in range(1, 4):
+        step_on(optimizer, model, batch(i, torch.float32), told=True)
+    assert first["meta_updates"] == 1
+    told = optimizer.step(1.0)["lr_multipliers"]
+    assert (told != 1).all()
+    for module, before in start.items():
+        moved = first[f"{module}_weights"] != before
+        # Weights of the loss, which the first steps were not told, had no input to learn from.
+        assert moved.float().mean() > 0.85, module
+
+
+def test_an_observed_loss_counts_as_one_that_the_step_was_told():
+    runs = []
+    for how in ("step", "observe", "in a closure", "withdrawn"):
+        model = Net(torch.float32)
+        optimizer = DeepNestedOptimizer(model, lr=0.05, meta_update_freq=2, meta_lr=0.05)
+        for i in range(5):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch(i, torch.float32))
+            loss.backward()
+            if how == "step":
+                optimizer.step(loss)
+            elif how == "in a closure":
+
+                def closure(told=loss, to=optimizer):
+                    to.observe_loss(told.detach())
+                    return told
+
+                optimizer.step(closure)
+            else:
+                optimizer.observe_loss(loss.detach() if how == "observe" else 3.0)
+                if how == "withdrawn":
+                    optimizer.observe_loss(None)
+                optimizer.step()
+        runs.append([p.detach().clone() for p in model.parameters()])
+        assert optimizer._told == (how != "withdrawn") and optimizer._loss is None
+    told, observed, inside, withdrawn = runs
+    assert_same_tensors(told, observed)
+    assert_same_tensors(told, inside)
+    assert any(not torch.equal(a, b) for a, b in zip(told, withdrawn))
+    with pytest.raises(TypeError):
+        optimizer.observe_loss("low")
+
+
+def test_learning_follows_the_loss_where_the_learning_rate_is_too_small():
+    torch.manual_seed(0)
+    finals = []
+    for rate in (0.0, 0.01):
+        model = Net(torch.float32)
+        optimizer = DeepNestedOptimizer(model, lr=1e-4, meta_lr=rate, meta_update_freq=5)
+        for i in range(150):
+            step_on(optimizer, model, batch(i % 20, torch.float32))
+        finals.append(loss_of(model, batch(0, torch.float32)).item())
+    assert float(optimizer.get_lr_multipliers()[0]) > 1.5
+    assert finals[1] < 0.95 * finals[0]
+
+
+def test_learning_follows_the_loss_where_the_learning_rate_is_too_large():
+    model = Net(torch.float32)
+    optimizer = DeepNestedOptimizer(model, lr=0.5, meta_lr=0.01, meta_update_freq=5)
+    for i in range(150):
+        step_on(optimizer, model, batch(i % 20, torch.float32))
+    assert float(optimizer.get_lr_multipliers()[0]) < 0.5

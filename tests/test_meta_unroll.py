@@ -1,0 +1,418 @@
+"""The unroll: steps equal to real ones, and their gradient equal to finite differences."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nested_optim import DeepNestedOptimizer
+from nested_optim.meta import learned, unroll
+
+from .meta_helpers import (
+    SMALL,
+    Net,
+    assert_agrees,
+    batch,
+    finite_differences,
+    in_float64,
+    loss_of,
+    relative_error,
+    snapshot,
+    step_on,
+    two_groups,
+)
+
+EXPLICIT = {"mode": "explicit", "loss_fn": loss_of}
+
+
+def build(model, warmup=3, told=False, **options):
+    groups = options.pop("groups", None) or two_groups(model)
+    optimizer = DeepNestedOptimizer(
+        groups, **{"lr": 0.05, "model": model, **EXPLICIT, **SMALL, **options}
+    )
+    for i in range(warmup):
+        step_on(optimizer, model, batch(i, next(model.parameters()).dtype), told)
+    return optimizer
+
+
+def gradient(optimizer, k, how):
+    batches = [batch(10 + i) for i in range(k)]
+    return unroll.meta_gradient(optimizer, batch(99), batches, loss_of, how)
+
+
+# -------------------------------------------------------------------- the gradient
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_the_meta_gradient_is_that_of_the_loss_after_real_steps(k):
+    model = Net()
+    optimizer = build(model, weight_decay=0.1)
+    in_float64(optimizer)
+    restore = snapshot(optimizer, model)
+
+    def run(perturb):
+        restore()
+        perturb()
+        for i in range(k):
+            step_on(optimizer, model, batch(10 + i))
+        return loss_of(model, batch(99)).detach()
+
+    loss, exact = gradient(optimizer, k, "exact")
+    same_loss, stepwise = gradient(optimizer, k, "stepwise")
+    assert torch.equal(loss, same_loss)
+    assert torch.equal(loss, run(lambda: None))
+    assert set(exact) == set(stepwise) == {"controller", "momentum", "mixing"}
+    for module in exact:
+        assert relative_error(stepwise[module], exact[module]) <= 1e-12, module
+    assert_agrees(optimizer, run, exact)
+    if k == 5:  # weight by weight
+        for module, expected in finite_differences(optimizer, run).items():
+            assert relative_error(exact[module], expected) <= 1e-6, module
+
+
+VARIANTS = {
+    "windows": {"groups": lambda model: two_groups(model, frequency=2)},
+    "sums": {"groups": lambda model: two_groups(model, frequency=3, window="sum")},
+    "clipping": {"max_grad_norm": 0.1},
+    "amsgrad, coupled": {"amsgrad": True, "weight_decay": 0.1, "decoupled": False},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "not normalized": {"normalize": False, "lr": 0.3},
+    "the loss told": {"told": True},
+    "from the start": {"warmup": 0},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_the_meta_gradient_knows_every_option(options):
+    model = Net()
+    told = options.get("told", False)
+    groups = {k: make(model) for k, make in options.items() if k == "groups"}
+    optimizer = build(model, **{**options, **groups})
+    in_float64(optimizer)
+    restore = snapshot(optimizer, model)
+
+    def run(perturb):
+        restore()
+        perturb()
+        for i in range(3):
+            step_on(optimizer, model, batch(10 + i), told)
+        return loss_of(model, batch(99)).detach()
+
+    loss, exact = gradient(optimizer, 3, "exact")
+    same_loss, stepwise = gradient(optimizer, 3, "stepwise")
+    assert torch.equal(loss, same_loss)
+    for module in exact:
+        assert relative_error(stepwise[module], exact[module]) <= 1e-12, module
+    assert_agrees(optimizer, run, exact)
+    assert torch.equal(loss, run(lambda: None))
+
+
+def test_first_order_is_exact_for_one_step_and_biased_for_more():
+    model = Net()
+    optimizer = build(model)
+    in_float64(optimizer)
+    for k in (1, 5):
+        exact = gradient(optimizer, k, "exact")[1]
+        first_order = gradient(optimizer, k, "first_order")[1]
+        for module in exact:
+            error = relative_error(first_order[module], exact[module])
+            assert (error <= 1e-10) if k == 1 else (1e-3 < error < 10), (k, module)
+
+
+def test_gradients_that_are_exactly_zero_have_a_finite_meta_gradient():
+    model = Net()
+    optimizer = build(model, warmup=0, weight_decay=0.1)
+    in_float64(optimizer)
+    still = torch.zeros(8, 4, dtype=torch.float64)
+    nothing = lambda module, x: 0.0 * loss_of(module, x)  # noqa: E731
+    mixed = lambda module, x: loss_of(module, x) if x.any() else nothing(module, x)  # noqa: E731
+    for how in ("exact", "stepwise"):
+        batches = [still, batch(0), still, batch(1)]
+        _, found = unroll.meta_gradient(optimizer, batch(99), batches, mixed, how)
+        assert all(torch.isfinite(g).all() and g.any() for g in found.values())
+
+
+# -------------------------------------------------------------------- what it leaves alone
+
+
+class Block(nn.Module):
+    """A transformer layer with an embedding, dropout and batch normalization."""
+
+    def __init__(self, dropout=0.2, norm=True):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+        self.norm = nn.BatchNorm1d(8) if norm else nn.Identity()
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens, labels=None):
+        hidden = self.layer(self.embed(tokens))
+        logits = self.head(self.norm(hidden.transpose(1, 2)).transpose(1, 2))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def tokens(seed):
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randint(0, 11, (4, 6), generator=generator)
+    return {"tokens": found, "labels": found.roll(1, 1)}
+
+
+def train_block(optimizer, model, steps, start=0):
+    for i in range(start, start + steps):
+        optimizer.zero_grad()
+        model(**tokens(i))["loss"].backward()
+        optimizer.step()
+
+
+def everything(optimizer, model):
+    first = optimizer.param_groups[0]
+    return copy.deepcopy(
+        {
+            "model": model.state_dict(),
+            "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+            "state": optimizer.state_dict()["state"],
+            "options": {k: v for k, v in first.items() if k != "params" and k not in learned.KEYS},
+            "modes": [m.training for m in model.modules()],
+            "requires_grad": [p.requires_grad for p in model.parameters()],
+            "rng": torch.get_rng_state(),
+        }
+    )
+
+
+def assert_equal(a, b):
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("how", ["exact", "stepwise", "first_order"])
+def test_a_meta_update_leaves_everything_but_what_is_learned_untouched(how):
+    torch.manual_seed(0)
+    model = Block()
+    optimizer = DeepNestedOptimizer(
+        model, lr=1e-2, mode="explicit", unroll=how, weight_decay=0.1, meta_lr=0.01
+    )
+    train_block(optimizer, model, 3)
+    model(**tokens(3))["loss"].backward()
+    before = everything(optimizer, model)
+    first = optimizer.param_groups[0]
+    learned_before = {m: first[f"{m}_weights"].clone() for m in learned.modules(first)}
+    optimizer.meta_update(tokens(50), [tokens(i) for i in range(2)])
+    assert_equal(everything(optimizer, model), before)
+    for module, weights in learned_before.items():
+        moved = first[f"{module}_weights"] != weights
+        assert moved.float().mean() > 0.85, module
+    assert float(optimizer.controller_grad_norm) > 0
+    assert math.isfinite(float(optimizer.last_meta_loss))
+
+
+def test_a_run_with_meta_lr_zero_is_the_run_without_meta_updates():
+    runs = []
+    for updates in (True, False):
+        torch.manual_seed(0)
+        model = Block()
+        optimizer = DeepNestedOptimizer(model, lr=1e-2, mode="explicit", meta_lr=0.0)
+        for i in range(6):
+            train_block(optimizer, model, 1, i)
+            if updates and i % 2:
+                optimizer.meta_update(tokens(50), [tokens(i)])
+        runs.append((everything(optimizer, model), optimizer))
+    assert_equal(runs[0][0], runs[1][0])
+
+
+@pytest.mark.parametrize("learning", [False, True], ids=["at the start", "learned"])
+def test_unrolled_steps_are_the_real_steps(learning):
+    torch.manual_seed(0)
+    model = Block()
+    optimizer = DeepNestedOptimizer(
+        [
+            {"params": model.embed.parameters(), "frequency": 2},
+            {"params": [*model.layer.parameters(), *model.norm.parameters()]},
+        ],
+        lr=1e-2,
+        model=model,
+        mode="explicit",
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+    )
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        train_block(optimizer, model, 3)
+        if learning:
+            in_float64(optimizer, noise=0.2)
+        position = unroll.rehearse(optimizer, [tokens(i) for i in range(3, 8)])
+        train_block(optimizer, model, 5, 3)
+    rehearsal = unroll.Rehearsal(optimizer, None)
+    for name, slot, count in zip(rehearsal.names, position.slots, position.counts):
+        p = dict(rehearsal.loss.named_parameters())[name]
+        state = optimizer.state[p]
+        assert torch.equal(slot["param"], p), name
+        assert count == (float(state["step"]), float(state["window_count"]))
+        for key in slot.keys() - {"param", "window_sum"}:
+            assert torch.equal(slot[key], state[key]), (name, key)
+        if count[1]:
+            assert torch.equal(slot["window_sum"], state["window_sum"]), name
+    for name, buffer in rehearsal.loss.named_buffers():
+        assert torch.equal(position.buffers[name], buffer), name
+    if learning:
+        assert (optimizer.get_lr_multipliers() != 1).all()
+
+
+def test_stepwise_equals_exact_with_dropout_and_batch_normalization():
+    torch.manual_seed(0)
+    model = Block().double()
+    optimizer = DeepNestedOptimizer(model, lr=1e-2, mode="explicit")
+    train_block(optimizer, model, 3)
+    in_float64(optimizer)
+    batches = [tokens(i) for i in range(4)]
+    exact = unroll.meta_gradient(optimizer, tokens(50), batches, None, "exact")
+    stepwise = unroll.meta_gradient(optimizer, tokens(50), batches, None, "stepwise")
+    assert torch.equal(exact[0], stepwise[0])
+    for module in exact[1]:
+        assert relative_error(stepwise[1][module], exact[1][module]) <= 1e-10
+
+
+# -------------------------------------------------------------------- models
+
+
+def test_a_compiled_model_is_unrolled_without_its_compilation():
+    torch.manual_seed(0)
+    model = Block(dropout=0.0)
+    compiled = torch.compile(model, backend="eager")
+    plain = DeepNestedOptimizer(model, lr=1e-2, mode="explicit")
+    wrapped = DeepNestedOptimizer(compiled, lr=1e-2, mode="explicit")
+    assert wrapped.param_groups[0]["param_names"] == plain.param_groups[0]["param_names"]
+    given = (tokens(50), [tokens(0), tokens(1)])
+    assert torch.equal(wrapped.meta_update(*given), plain.meta_update(*given))
+    assert torch.equal(
+        wrapped.param_groups[0]["controller_weights"], plain.param_groups[0]["controller_weights"]
+    )
+
+
+def test_autocast_is_unrolled_as_it_trains():
+    torch.manual_seed(0)
+    model = Block(dropout=0.0)
+    optimizer = DeepNestedOptimizer(model, lr=1e-2, mode="explicit")
+
+    def loss_fn(module, given):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(**given)["loss"]
+
+    batches = [tokens(i) for i in range(3)]
+    found = [
+        unroll.meta_gradient(optimizer_after_a_step(optimizer, model), tokens(9), batches, f, how)
+        for f, how in ((loss_fn, "exact"), (loss_fn, "stepwise"), (None, "exact"))
+    ]
+    for module in found[0][1]:
+        assert relative_error(found[1][1][module], found[0][1][module]) <= 1e-3
+        assert relative_error(found[0][1][module], found[2][1][module]) <= 0.3
+
+
+def optimizer_after_a_step(optimizer, model):
+    if not optimizer.state:
+        train_block(optimizer, model, 1)
+    return optimizer
+
+
+def test_a_frozen_and_an_unused_parameter_are_passed_over():
+    class Wider(Net):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    model = Wider()
+    optimizer = DeepNestedOptimizer(model, lr=0.05, **EXPLICIT, **SMALL)
+    model.first.bias.requires_grad_(False)
+    for how in ("exact", "stepwise", "first_order"):
+        _, found = gradient(optimizer, 2, how)
+        assert all(g.any() for g in found.values())
+
+
+# -------------------------------------------------------------------- its use
+
+
+def test_batches_come_from_the_ring_or_from_the_caller():
+    model = Net(torch.float32)
+    optimizer = build(model, k_unroll=2)
+    val = batch(99, torch.float32)
+    with pytest.raises(RuntimeError, match=r"unrolls 2 steps, but 0 batches.*observe_batch"):
+        optimizer.meta_update(val)
+    for i in range(5):
+        optimizer.observe_batch(batch(i, torch.float32))
+    twin = build(Net(torch.float32), k_unroll=2)
+    ours = optimizer.meta_update(val)
+    theirs = twin.meta_update(val, [batch(3, torch.float32), batch(4, torch.float32)])
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="at least one training batch"):
+        optimizer.meta_update(val, [])
+
+
+def test_meta_updates_run_by_themselves_where_validation_batches_are_given():
+    model = Net(torch.float32)
+    calls = []
+
+    def val():
+        calls.append(1)
+        return batch(99, torch.float32)
+
+    optimizer = DeepNestedOptimizer(
+        model, lr=0.05, k_unroll=2, meta_update_freq=3, val_batch_fn=val, **EXPLICIT
+    )
+    for i in range(7):
+        x = batch(i, torch.float32)
+        optimizer.observe_batch(x)
+        step_on(optimizer, model, x)
+    assert len(calls) == 2 and optimizer.param_groups[0]["meta_updates"] == 2
+
+
+def test_what_an_unroll_cannot_do_is_refused():
+    model = Net(torch.float32)
+    val = batch(99, torch.float32)
+    simple = DeepNestedOptimizer(model, loss_fn=loss_of)
+    with pytest.raises(RuntimeError, match="mode='explicit'"):
+        simple.meta_update(val, [val])
+    blind = DeepNestedOptimizer(model.parameters(), **EXPLICIT)
+    with pytest.raises(RuntimeError, match="build the optimizer with model="):
+        blind.meta_update(val, [val])
+    foreign = DeepNestedOptimizer([nn.Parameter(torch.ones(2))], model=model, **EXPLICIT)
+    with pytest.raises(ValueError, match=r"parameter 0 of param group 0.*not a parameter of the"):
+        foreign.meta_update(val, [val])
+    silent = DeepNestedOptimizer(model, mode="explicit")
+    with pytest.raises(TypeError, match=r"output has no loss.*loss_fn"):
+        silent.meta_update(val, [val])
+    nothing = DeepNestedOptimizer(
+        model, learn_lr=False, learn_momentum=False, learn_mixing=False, **EXPLICIT
+    )
+    with pytest.raises(RuntimeError, match="nothing to learn"):
+        nothing.meta_update(val, [val])
+    with pytest.raises(ValueError, match="val_batch_fn is for mode='explicit'"):
+        DeepNestedOptimizer(model, val_batch_fn=lambda: val)
+
+
+def test_explicit_learning_lowers_the_validation_loss():
+    finals = []
+    for rate in (0.0, 0.01):
+        model = Net(torch.float32)
+        optimizer = DeepNestedOptimizer(
+            model, lr=1e-3, meta_lr=rate, k_unroll=2, unroll="stepwise", **EXPLICIT
+        )
+        for i in range(60):
+            x = batch(i % 20, torch.float32)
+            optimizer.observe_batch(x)
+            step_on(optimizer, model, x)
+            if i % 3 == 2:
+                optimizer.meta_update(batch(99, torch.float32))
+        finals.append(loss_of(model, batch(99, torch.float32)).item())
+    assert finals[1] < 0.95 * finals[0]
