@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .comparison import compare
+from .one_step_cli import one_step_command
 
 
 @click.group()
@@ -13,3 +14,4 @@ def training() -> None:
 
 
 training.add_command(compare)
+training.add_command(one_step_command)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .root import moment_root
+
 
 class AdamWState(NamedTuple):
     """What one update returns: new tensors, none of them an argument."""
@@ -104,10 +106,15 @@ def adamw(
         second = max_exp_avg_sq
 
     correction1, correction2 = bias_corrections(step, betas)
-    if isinstance(step, Tensor):
+    root = moment_root(second)
+    if isinstance(step, Tensor) and isinstance(lr, Tensor) and lr.requires_grad:
+        # Below, at lr 0, the derivative in it would be that of 0 / 0.
+        direction = exp_avg / (root / correction2.sqrt() + eps)
+        param = (param - (lr / correction1) * direction).to(param.dtype)
+    elif isinstance(step, Tensor):
         # The step size is folded into the denominator: addcdiv takes no tensor as its factor.
         negative_step_size = (lr / correction1).neg()
-        denominator = second.sqrt() / (correction2.sqrt() * negative_step_size)
+        denominator = root / (correction2.sqrt() * negative_step_size)
         moved = torch.addcdiv(param, exp_avg, denominator + eps / negative_step_size)
         # At lr 0 the denominator of a zero second moment is 0 / 0.
         if isinstance(lr, Tensor):
@@ -115,7 +122,7 @@ def adamw(
         elif lr != 0:
             param = moved
     else:
-        denominator = (second.sqrt() / correction2**0.5).add_(eps)
+        denominator = (root / correction2**0.5).add_(eps)
         param = torch.addcdiv(param, exp_avg, denominator, value=-(lr / correction1))
 
     if is_complex:

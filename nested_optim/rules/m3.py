@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .matrix_form import MatrixForm
 from .newton_schulz import Coefficients, newton_schulz
+from .root import moment_root
 
 ADJUST_LR = ("match_rms_adamw", "original", "spectral")
 
@@ -131,7 +132,7 @@ def m3_direction(
         if averaged := [i for i, (mine, whole) in enumerate(kept, 1) if mine < whole]:
             squares = squares.mean(averaged, keepdim=True)
         second_moment = torch.lerp(second_moment, squares, 1 - beta2)
-        direction = direction / (second_moment.sqrt() + eps)
+        direction = direction / (moment_root(second_moment) + eps)
     sizes = [torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (fast, direction)]
     ratio = sizes[0] / sizes[1].clamp(min=torch.finfo(sizes[1].dtype).tiny)
     return direction, ratio, second_moment
