@@ -28,6 +28,10 @@ SUITES = {
         "benchmarks.precision:precision",
         "bfloat16 parameters with and without Kahan sums, on digits.",
     ),
+    "retention": (
+        "benchmarks.retention.cli:retention",
+        "What is kept of old tasks, by task-IL and class-IL: memory, controls, EWC.",
+    ),
     "rules": (
         "benchmarks.rules.cli:rules",
         "Single update rules on problems small enough to see through.",

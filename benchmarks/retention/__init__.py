@@ -1,0 +1,1 @@
+"""What optimizers keep of old tasks when tasks come one after the other."""
