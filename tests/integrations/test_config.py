@@ -15,8 +15,15 @@ pytest.importorskip("yaml")
 
 import yaml
 
-import nested_optim
-from nested_optim import DGD, M3, DeepMomentum, DeltaMomentum, NestedOptimizer, matrix_groups
+from nested_optim import (
+    DGD,
+    M3,
+    DeepMomentum,
+    DeepNestedOptimizer,
+    DeltaMomentum,
+    NestedOptimizer,
+    matrix_groups,
+)
 from nested_optim.integrations.build import OPTIMIZERS, optimizer_class, option_names
 from nested_optim.integrations.config import (
     LearnedOptions,
@@ -24,11 +31,6 @@ from nested_optim.integrations.config import (
     config_schema,
     load_config,
     optimizer_from_config,
-)
-
-has_deep_nested = hasattr(nested_optim, "DeepNestedOptimizer")
-needs_deep_nested = pytest.mark.skipif(
-    not has_deep_nested, reason="DeepNestedOptimizer is not there"
 )
 
 #: The block of the behaviour-cloning guide.
@@ -79,9 +81,8 @@ CLASSES: dict[str, Any] = {
     "deep_momentum": DeepMomentum,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "deep_nested": DeepNestedOptimizer,
 }
-if has_deep_nested:
-    CLASSES["deep_nested"] = nested_optim.DeepNestedOptimizer
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -166,12 +167,11 @@ def test_muon_is_torch_s_on_the_matrices():
     assert largest_difference(after, take_steps(Both(), theirs)) == 0.0
 
 
-@needs_deep_nested
 def test_the_block_of_the_guide_makes_a_deep_nested_optimizer(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(GUIDE)
     optimizer = optimizer_from_config(path, make_model())
-    assert type(optimizer) is nested_optim.DeepNestedOptimizer
+    assert type(optimizer) is DeepNestedOptimizer
     first = optimizer.param_groups[0]
     assert (first["name"], first["lr"], first["frequency"]) == ("slow", 1.5e-4, 4)
     expected = {
@@ -199,7 +199,7 @@ def test_the_block_of_the_guide_makes_a_deep_nested_optimizer(tmp_path):
     by_config = optimizer_from_config(
         {"learning_rate": 1e-2, "no_decay_1d": False, "nested_optimizer": block}, ours
     )
-    by_hand = nested_optim.DeepNestedOptimizer(theirs, 1e-2, **block)
+    by_hand = DeepNestedOptimizer(theirs, 1e-2, **block)
     assert largest_difference(take_steps(by_config, ours), take_steps(by_hand, theirs)) == 0.0
 
 
@@ -271,8 +271,6 @@ def test_options_take_the_type_that_the_optimizer_expects(kind, options, key, va
     ],
 )
 def test_mistakes_are_named_with_their_place(config, message):
-    if not has_deep_nested and "nested_optimizer" in config:
-        pytest.skip("DeepNestedOptimizer is not there")
     before = copy.deepcopy(config)
     with pytest.raises(ValueError, match=message):
         optimizer_from_config(config, make_model())
@@ -318,11 +316,10 @@ def test_the_schema_is_json_and_names_every_key():
     assert block["additionalProperties"] is False
 
 
-@needs_deep_nested
 def test_the_block_s_defaults_are_the_optimizer_s():
     import inspect
 
-    own = inspect.signature(nested_optim.DeepNestedOptimizer).parameters
+    own = inspect.signature(DeepNestedOptimizer).parameters
     for name, field in LearnedOptions.model_fields.items():
         if name != "weight_decay":  # there it is the optimizer's where nothing sets one
             assert field.default == own[name].default, name

@@ -89,9 +89,6 @@ def _loss_dependent_steps(folder: str, mode: str) -> None:
     _assert_same_on_ranks(trainer)
 
 
-@pytest.mark.skipif(
-    not hasattr(nested_optim, "DeepNestedOptimizer"), reason="DeepNestedOptimizer is not there"
-)
 @pytest.mark.parametrize("mode", ["simple", "explicit"])
 def test_replicas_of_the_trainer_learn_the_same(mode: str, ranks: launch.Ranks, tmp_path: Any):
     ranks.run(_loss_dependent_steps, str(tmp_path), mode, timeout=120)

@@ -23,10 +23,6 @@ from nested_optim.integrations.optimizers import unwrap_optimizer
 
 from .hf_tiny import arguments, difference, make_model, samples, weights
 
-needs_deep_nested = pytest.mark.skipif(
-    not hasattr(nested_optim, "DeepNestedOptimizer"), reason="DeepNestedOptimizer is not there"
-)
-
 RULES = [{"match": "wte|wpe", "frequency": 4, "name": "embeddings"}]
 PLAIN: dict[str, Any] = {"optimizer": "nested", "rules": RULES}
 LEARNED: dict[str, Any] = {
@@ -90,8 +86,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
         pytest.param({**PLAIN, "state_dtype": "float32"}, id="float32 state"),
         pytest.param({**PLAIN, "optimizer": "m3"}, id="m3"),
         pytest.param({**PLAIN, "memory": {"frequencies": (2,), "write": 0.5}}, id="memory"),
-        pytest.param(SIMPLE, id="simple", marks=needs_deep_nested),
-        pytest.param(LEARNED, id="explicit", marks=needs_deep_nested),
+        pytest.param(SIMPLE, id="simple"),
+        pytest.param(LEARNED, id="explicit"),
     ],
 )
 def test_resuming_at_an_odd_step_inside_a_window_is_exact(kwargs, precision, tmp_path):
@@ -120,7 +116,6 @@ def test_resuming_at_an_odd_step_inside_a_window_is_exact(kwargs, precision, tmp
         assert unwrap_optimizer(resumed.optimizer).param_groups[0]["meta_updates"] == 3
 
 
-@needs_deep_nested
 @pytest.mark.parametrize("cls", [Trainer, NestedTrainer])
 def test_the_callback_learns_at_every_nth_step(cls, tmp_path):
     callback = NestedCallback(samples(8, seed=2), every=3)
@@ -137,10 +132,6 @@ def test_the_callback_learns_at_every_nth_step(cls, tmp_path):
         assert not torch.equal(first[key], begun[key]), key
 
 
-@pytest.mark.skipif(
-    not hasattr(getattr(nested_optim, "DeepNestedOptimizer", None), "observe_loss"),
-    reason="DeepNestedOptimizer is not there, or takes no loss by observe_loss",
-)
 @pytest.mark.parametrize("kwargs", [SIMPLE, LEARNED], ids=["simple", "explicit"])
 def test_what_is_learned_is_logged(kwargs, tmp_path):
     callback = NestedCallback() if kwargs is LEARNED else None
@@ -158,7 +149,6 @@ def test_what_is_learned_is_logged(kwargs, tmp_path):
         assert last["nested/lr_multiplier_embeddings"] != 1
 
 
-@needs_deep_nested
 def test_with_meta_lr_0_training_is_bit_identical_to_no_meta_updates(tmp_path):
     kwargs = {**LEARNED, "meta_lr": 0.0}
     updated = make_trainer(tmp_path, kwargs, callback=NestedCallback(every=1), max_steps=5)
@@ -310,7 +300,6 @@ def test_what_meta_updates_cannot_do_is_refused_before_training(tmp_path):
     fails(ValueError, "val_dataset is empty", {}, NestedCallback([]), **explicit)
     fails(TypeError, "map-style", {}, NestedCallback(Stream()), **explicit)
     fails(TypeError, "map-style", {}, NestedCallback(), train_dataset=Stream(), **explicit)
-    if hasattr(nested_optim, "DeepNestedOptimizer"):
-        fails(TypeError, "mode='simple' learns in its steps", SIMPLE, NestedCallback())
+    fails(TypeError, "mode='simple' learns in its steps", SIMPLE, NestedCallback())
     with pytest.raises(ValueError, match="every is a number"):
         NestedCallback(every=0)

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import nested_optim
-
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 NEEDS = {
     "Hugging Face": ("transformers", "accelerate"),
@@ -41,10 +39,6 @@ def test_the_snippets_of_a_section_run(heading, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for snippet in sections()[heading]:
-        if "deep_nested" in snippet.split("#")[0] and not hasattr(
-            nested_optim, "DeepNestedOptimizer"
-        ):
-            pytest.skip("DeepNestedOptimizer is not there")
         exec(compile(snippet, f"README.md, {heading}", "exec"), names)
 
 
@@ -53,8 +47,6 @@ def test_the_configuration_in_yaml_is_valid():
     yaml = pytest.importorskip("yaml")
     from nested_optim.integrations.config import check_config
 
-    if not hasattr(nested_optim, "DeepNestedOptimizer"):
-        pytest.skip("DeepNestedOptimizer is not there")
     (snippet,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     checked = check_config(yaml.safe_load(snippet))
     assert checked.nested_optimizer is not None and checked.nested_optimizer.weight_decay == 0.01
