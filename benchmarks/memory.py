@@ -59,6 +59,22 @@ def _with(build: Build, **options: Any) -> Build:
     return built
 
 
+def _apart(build: Build) -> Build:
+    """Without the exchanges that our kernels do on the way."""
+
+    def built(params: list[Parameter]) -> Optimizer:
+        optimizer = _with(build)(params)
+
+        def forget(optimizer: Any, *_: Any) -> None:
+            if optimizer._fused is not None:
+                optimizer._fused.exchange = None
+
+        optimizer.register_step_pre_hook(forget)  # after the memory's own, which asks
+        return optimizer
+
+    return built
+
+
 def _with_average(build: Build) -> Build:
     """torch's own average of the weights at every step, for comparison."""
 
@@ -83,6 +99,7 @@ CONTESTANTS: dict[str, tuple[str, Build]] = {
     "... foreach, with a memory": ("AdamW, foreach", _with(_foreach)),
     "NestedOptimizer": ("NestedOptimizer", _nested),
     "NestedOptimizer with a memory": ("NestedOptimizer", _with(_nested)),
+    "... exchanged apart": ("NestedOptimizer", _apart(_nested)),
 }
 
 

@@ -18,6 +18,7 @@ from .deep_nested_steps import (
     _single_tensor_deepnestedoptimizer,
 )
 from .fused import FusedSteps, Work
+from .memory_argument import MemoryT
 from .meta import learned, options, simple
 from .meta import unroll as unrolled
 from .meta.features import clip_factor, observe
@@ -102,6 +103,8 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             with ``weight_decay`` 0 by default. The last four, and betas that are tensors, need the
             learned parts off and ``normalize`` on.
         param_groups (iterable): the same as ``params``.
+        memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
+            frequencies, or a dict of its arguments (default: None).
 
     All groups share the learned parts and their options. A multiplier is a group's: give parameters
     that should learn their own a group of their own. Sharded parameters (DTensors) need the
@@ -167,6 +170,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         param_groups: ParamsT | None = None,
+        memory: MemoryT = None,
     ) -> None:
         if base_lr is not None:
             if lr is not None and lr is not base_lr and lr != base_lr:
@@ -227,7 +231,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         }
         self._start_transients()
         self.model, self.loss_fn = model, loss_fn
-        LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups)
+        LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups, memory=memory)
         if val_batch_fn is not None:
             if mode != "explicit":
                 raise ValueError("val_batch_fn is for mode='explicit'; mode='simple' needs no data")

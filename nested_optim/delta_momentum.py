@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 )
 
 from . import rules
+from .memory_argument import MemoryT
 from .momentum import MomentumOptimizer, foreach_decay, foreach_descend, foreach_scale, in_place
 from .nested import _buckets
 from .optimizer import ParamsT
@@ -44,6 +45,7 @@ class DeltaMomentum(MomentumOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         param_groups: ParamsT | None = None,
+        memory: MemoryT = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,7 +63,7 @@ class DeltaMomentum(MomentumOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, param_groups=param_groups)
+        super().__init__(params, defaults, param_groups=param_groups, memory=memory)
 
     def _check_options(self, options: dict[str, Any], where: str) -> dict[str, Any]:
         canonical = super()._check_options(options, where)
@@ -194,6 +196,8 @@ DeltaMomentum.__doc__ = rf"""SGD whose momentum forgets along the gradient befor
         {_differentiable_doc}
         fused (bool, optional): there is no fused kernel for this rule; True is refused.
         param_groups (iterable): the same as ``params``.
+        memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
+            frequencies, or a dict of its arguments (default: None).
 
     Complex parameters are their own matrices, with the conjugate transpose, not pairs of real
     ones; there :math:`\alpha I - \rho g^\dagger g` acts on complex rows. Sharded parameters

@@ -21,6 +21,7 @@ from .capture import Capture
 from .descent import _multi_tensor_dgd, _single_tensor_dgd
 from .fused import Work
 from .inputs import Inputs
+from .memory_argument import MemoryT
 from .names import find_parameters
 from .nested import NestedOptimizer, _is_narrow
 from .optimizer import LevelOptimizer, ParamsT
@@ -58,6 +59,7 @@ class DGD(NestedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         param_groups: ParamsT | None = None,
+        memory: MemoryT = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -99,7 +101,9 @@ class DGD(NestedOptimizer):
             self._capture = self._make_capture(model, process_group)
         # NestedOptimizer's constructor would only gather the same options under its own defaults.
         try:
-            LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups)
+            LevelOptimizer.__init__(
+                self, params, defaults, param_groups=param_groups, memory=memory
+            )
         except BaseException:
             self.remove_hooks()
             raise
@@ -580,6 +584,8 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
         capturable, fused: refused if True: shapes in a CUDA graph are fixed, and there is no fused
             kernel.
         param_groups (iterable): the same as ``params``.
+        memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
+            frequencies, or a dict of its arguments (default: None).
 
     Raises:
         ValueError: an option's value or name is invalid, or parameters with decay are given without

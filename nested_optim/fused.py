@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, is_not, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,22 @@ class _NoComparison(TorchFunctionMode):
         raise _TensorsDiffer
 
 
+@dataclass
+class JoinedExchange:
+    """What a weight memory asks of the step to come: to exchange weights with their first copies.
+
+    Attributes:
+        count: the number of the step.
+        copies: by parameter the copy, the exchange's frequency, and its rates: how far the copy
+            goes to the weights, and how far they then go to it.
+        done: the parameters that have been served.
+    """
+
+    count: int
+    copies: dict[Tensor, tuple[Tensor, int, float, float]]
+    done: set[Tensor] = field(default_factory=set)
+
+
 class _Table:
     """A kernel table with the parameters behind it."""
 
@@ -129,6 +146,36 @@ class _Table:
         self.grads = addresses
         return True
 
+    def join(self, exchange: JoinedExchange) -> tuple[int, torch.dtype] | None:
+        """Note what of an exchange the kernels can do here; None if that is nothing."""
+        if self.table.kahan or not self.plain:
+            return None
+        wide = self.table.dtypes[-1]
+        staged = {id(copied) for _, copied in self.staged}
+        noted, served = [], []
+        dtype: torch.dtype | None = None
+        for p, e, stride in zip(self.params, self.table.entries, self.strides):
+            copy, frequency, write, rate = exchange.copies.get(p) or (None, 1, 0.0, 0.0)
+            if (
+                copy is None
+                or copy.device != e.param.device
+                or copy.dtype not in kernels.DTYPES
+                or copy.dtype != (dtype or copy.dtype)
+                or torch.promote_types(copy.dtype, wide) != wide
+                or id(e.param) in staged
+                or (copy.stride() != stride and copy.numel() > 1)
+            ):
+                noted.append((0, 1, 0.0, 0.0))
+                continue
+            dtype = copy.dtype
+            noted.append((copy.data_ptr(), frequency, write, rate))
+            served.append(p)
+        if dtype is None:
+            return None
+        self.table.join(noted)
+        exchange.done.update(served)
+        return exchange.count, dtype
+
     def _find_one_by_one(self, grads: list[Any]) -> bool:
         addresses = [0] * len(grads)
         kept = []
@@ -170,6 +217,8 @@ class FusedSteps:
         self.served: set[Tensor] = set()
         #: Whether some parameters are left to other paths.
         self.partial = True
+        #: What the next launch is to do besides.
+        self.exchange: JoinedExchange | None = None
 
     # ------------------------------------------------------------------ are the tables true?
 
@@ -334,6 +383,7 @@ class FusedSteps:
 
         ``scaling`` may hold ``grad_scale`` and ``found_inf``, of one element each.
         """
+        asked, self.exchange = self.exchange, None
         for t in self._tables:
             with _on(t.table.device):
                 t.table.upload(self._packed)
@@ -342,7 +392,11 @@ class FusedSteps:
                     self._captured.append((grads, t))
                 else:
                     grads = t.table.addresses.write(t.grads)
-                here = {k: x.to(t.table.device, non_blocking=True) for k, x in scaling.items()}
+                here: dict[str, Any] = {
+                    k: x.to(t.table.device, non_blocking=True) for k, x in scaling.items()
+                }
+                if asked is not None and not (captured or scaling):
+                    here["exchange"] = t.join(asked)
                 self._run(t, grads, **here)
 
     def _bring_device_values(self, table: LevelTable) -> None:

@@ -26,6 +26,7 @@ from .m3_steps import (
     ns_dtype,
     reads_in_place,
 )
+from .memory_argument import MemoryT
 from .nested import NestedOptimizer, _count, _is_narrow
 from .optimizer import LevelOptimizer, ParamsT
 from .tensors import resolve_dtype
@@ -76,6 +77,7 @@ class M3(NestedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         param_groups: ParamsT | None = None,
+        memory: MemoryT = None,
     ) -> None:
         if mode == "paper":
             # What was left at the other mode's defaults; the rest is refused below.
@@ -114,7 +116,7 @@ class M3(NestedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups)
+        LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups, memory=memory)
 
     _moment_keys = (*NestedOptimizer._moment_keys, "momentum_buffer")
     _wide_keys = (*NestedOptimizer._wide_keys, "slow_momentum_buffer")
@@ -492,6 +494,8 @@ M3.__doc__ = rf"""Multi-scale momentum Muon for matrices and AdamW for the rest,
         fused (bool, optional): for groups with ``algorithm="adamw"``, as in
             :class:`NestedOptimizer`; the default on CUDA.
         param_groups (iterable): the same as ``params``.
+        memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
+            frequencies, or a dict of its arguments (default: None).
 
     Per parameter, ``state`` holds ``momentum_buffer`` (M1, as torch's Muon), and with ``alpha``
     ``slow_momentum_buffer`` (M2), ``slow_update`` (O2, in ``ns_dtype``) and ``slow_count`` (updates

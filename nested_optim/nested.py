@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 )
 
 from . import rules
+from .memory_argument import MemoryT
 from .optimizer import NARROW, LevelOptimizer, ParamsT
 from .tensors import resolve_dtype, to_scalar
 
@@ -45,6 +46,7 @@ class NestedOptimizer(LevelOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         param_groups: ParamsT | None = None,
+        memory: MemoryT = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -63,7 +65,7 @@ class NestedOptimizer(LevelOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, param_groups=param_groups)
+        super().__init__(params, defaults, param_groups=param_groups, memory=memory)
 
     _moment_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _has_kernels = True
@@ -413,6 +415,8 @@ NestedOptimizer.__doc__ = rf"""AdamW whose parameter groups update at their own 
             foreach. ``fused=True`` asks for it by name, and on a CPU for torch's kernel, to which
             windows add their own pass.
         param_groups (iterable): the same as ``params``.
+        memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
+            frequencies, or a dict of its arguments (default: None).
 
     Raises:
         ValueError: an option's value or name is invalid, or a parameter is in two groups.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import difflib
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
@@ -21,8 +20,6 @@ from torch.optim.optimizer import (
     Optimizer,
     _foreach_supported_types,
     _get_scalar_dtype,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
     _use_grad_for_differentiable,
 )
 from torch.utils.hooks import RemovableHandle
@@ -30,8 +27,11 @@ from torch.utils.hooks import RemovableHandle
 from . import checkpoint, kernels, windows
 from .fused import FusedSteps, Work, serves
 from .levels import check_frequency, check_window
+from .memory_argument import MemoryT, attach_memory
 from .memory_levels import MEMORY_OPTIONS
+from .step_hooks import export_groups, hooked_when_needed
 from .tensors import capturing, laid_out_like, resolve_dtype
+from .weight_memory import WeightMemory, memory_of
 
 #: what ``torch.optim`` optimizers accept
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -42,31 +42,6 @@ NARROW = (torch.bfloat16, torch.float16)
 _EXTRA_GROUP_KEYS = frozenset(
     {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale"}
 ) | set(MEMORY_OPTIONS)
-
-
-def _hooked_when_needed(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Run step hooks and the profiler's range as torch does, when there is anything to run.
-
-    torch wraps ``step`` of every optimizer class that is not marked as wrapped. On a GPU, where the
-    host does little else, the wrapper's time shows.
-    """
-    with_hooks = Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def wrapper(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch.compiler.is_compiling()
-            or torch.autograd._profiler_enabled()
-        ):
-            return with_hooks(self, closure)
-        return step(self, closure)
-
-    wrapper.hooked = True  # type: ignore[attr-defined]
-    return wrapper
 
 
 class LevelOptimizer(Optimizer, abc.ABC):
@@ -81,6 +56,8 @@ class LevelOptimizer(Optimizer, abc.ABC):
         params: parameters, groups, or ``(name, parameter)`` pairs, as ``torch.optim`` takes them.
         defaults: every option with its default value, ``frequency`` and ``window`` among them.
         param_groups: the same as ``params``, by keyword.
+        memory: of the weights, attached from the start: a preset of :class:`WeightMemory`, its
+            frequencies, or a dict of its arguments.
     """
 
     #: State tensors of the parameter's shape that are kept in ``state_dtype``.
@@ -102,6 +79,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         defaults: dict[str, Any],
         *,
         param_groups: ParamsT | None = None,
+        memory: MemoryT = None,
     ) -> None:
         if (params is None) == (param_groups is None):
             given = "neither" if params is None else "both"
@@ -114,7 +92,14 @@ class LevelOptimizer(Optimizer, abc.ABC):
         self._meta_update_hooks: OrderedDict[int, tuple[Callable[..., Any], int]] = OrderedDict()
         self._fused: FusedSteps | None = None
         super().__init__(given_params, {**defaults, **self._check_options(defaults, "")})
-        self.register_state_dict_post_hook(_export_groups)
+        self.register_state_dict_post_hook(export_groups)
+        if memory is not None:
+            attach_memory(self, memory)
+
+    @property
+    def weight_memory(self) -> WeightMemory | None:
+        """The :class:`WeightMemory` of this optimizer, if it has one. Copies have none."""
+        return memory_of(self)
 
     # ------------------------------------------------------------------ what a subclass provides
 
@@ -271,7 +256,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
 
     # ------------------------------------------------------------------ step
 
-    @_hooked_when_needed
+    @hooked_when_needed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Put the current gradients in their windows and update every parameter whose window
         closes.
@@ -586,15 +571,8 @@ class LevelOptimizer(Optimizer, abc.ABC):
         self.__dict__.setdefault("_fused", None)
         if self._fused is not None:
             self._fused.forget()
-        if _export_groups not in self._optimizer_state_dict_post_hooks.values():  # unpickled
-            self.register_state_dict_post_hook(_export_groups)
+        if export_groups not in self._optimizer_state_dict_post_hooks.values():  # unpickled
+            self.register_state_dict_post_hook(export_groups)
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-
-
-def _export_groups(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    if "param_groups" not in state_dict:  # a hook put before this one gave it another form
-        return state_dict
-    groups = [optimizer._export_group(group) for group in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}

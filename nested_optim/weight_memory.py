@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .exchanges import Exchanges, Settings, check_settings
+from .fused import JoinedExchange
+from .joined import ask
 from .memory_levels import (
     COUNT,
     MEMORY_OPTIONS,
@@ -144,6 +146,7 @@ class WeightMemory:
         self._seen: list[Any] = []
         self._count: Tensor | None = None
         self._run = Exchanges()
+        self._joined: JoinedExchange | None = None
         self._probe = False
         self._complete = False
         self._reading = False
@@ -213,7 +216,9 @@ class WeightMemory:
         self._refuse_while_reading("optimizer.step()")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         same = len(params) == len(self._params) and all(map(is_, params, self._params))
+        self._joined = None
         if same and self._complete and self._options() == self._seen:
+            self._joined = ask(optimizer, self._count, self._groups())
             return
         groups = self._groups()  # all of them are checked before anything changes
         closure = any(map(callable, (*args[1:], *kwargs.values())))
@@ -324,11 +329,17 @@ class WeightMemory:
         """The exchanges that are due after step ``count``, fastest pair first."""
         if not any(count % f == 0 for options in self._seen for f in options[0] or ()):
             return
+        done = self._joined.done if self._joined is not None else ()
         for settings, levels, comps in self._pairs():
             for k, (frequency, write, pull) in enumerate(zip(*settings)):
                 if count % frequency == 0:
-                    own = comps if k == 0 else ()
-                    self._run(levels[k], levels[k + 1], frequency, write, pull, comps=own)
+                    u, v = levels[k], levels[k + 1]
+                    own = comps if k == 0 else []
+                    if k == 0 and done:
+                        left = [i for i, p in enumerate(u) if p not in done]
+                        u, v = [u[i] for i in left], [v[i] for i in left]
+                        own = [comps[i] for i in left]
+                    self._run(u, v, frequency, write, pull, comps=own)
         for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
             if count % frequency == 0:
                 self._write_buffers(k, write)

@@ -47,18 +47,23 @@ def lines_of_ptx(kernel, kinds, constants, warps):
         ((BF16, BF16, F32, F32), ("WINDOWS", "KAHAN", "SCALED")),
         ((F16, F16, F16, F32), ("AMSGRAD", "WINDOWS", "FLUSH")),
         ((F64, F64, F64, F64), ("WINDOWS",)),
+        ((F32, F32, F32, F32), ("EXCHANGE",)),
+        ((BF16, BF16, BF16, F32), ("WINDOWS", "EXCHANGE")),
     ],
 )
 def test_the_update_compiles_to_accesses_of_16_bytes(dtypes, flags, for_gpus):
-    flags = {name: name in flags for name in ("AMSGRAD", "KAHAN", "WINDOWS", "SCALED", "FLUSH")}
+    names = "AMSGRAD", "KAHAN", "WINDOWS", "SCALED", "FLUSH", "EXCHANGE"
+    flags = {name: name in flags for name in names}
     roles = zip(("PARAM", "GRAD", "MOMENT", "COMPUTE"), map(for_gpus._DTYPES.get, dtypes))
     constants = {**dict(roles), **flags, "CHUNK": for_gpus.CHUNK}
+    constants["SLOWER"] = for_gpus._DTYPES[F32]
     orders = "*fp64" if F64 in dtypes else "*fp32"
-    kinds = {"chunks": "*i32", "rows": "*i64", "orders": orders}
+    kinds = {"chunks": "*i32", "rows": "*i64", "orders": orders, "count": "i32"}
     lines = lines_of_ptx(for_gpus.apply, kinds, constants, for_gpus.NUM_WARPS)
     for access in ("ld.global", "st.global"):
         wide = [line for line in lines if access in line and (".v4." in line or ".v2.b64" in line)]
-        assert len(wide) >= 3  # parameter and two moments
+        # Parameter, two moments, and a copy of the parameter.
+        assert len(wide) >= 3 + flags["EXCHANGE"]
 
 
 @pytest.mark.parametrize("scaled, flush", [(False, False), (True, False), (False, True)])
@@ -79,10 +84,29 @@ def test_symmetric_products_compile_to_tensor_core_instructions(even, monkeypatc
     kinds = dict.fromkeys(("a", "b", "plus", "result"), "*fp16")
     kinds |= {"size": "i32", "depth": "i32"}
     kinds |= dict.fromkeys(("a_batch", "a_row", "b_batch", "b_row"), "i64")
+    kinds |= dict.fromkeys(("a_column", "b_column"), "i32")
     kinds |= dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
     constants = {"PLUS": True, "EVEN": even, "TILE": module.TILE, "DEPTH": module.DEPTH}
     lines = lines_of_ptx(module.product_kernel, kinds, constants, module.NUM_WARPS)
     assert any("wgmma.mma_async" in line for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("along", [(True, True), (False, False), (True, False)])
+def test_symmetric_products_compile_to_reads_of_the_copy_engine(along, monkeypatch):
+    module = without_interpreter("nested_optim.kernels.symmetric", monkeypatch)
+    if module.TensorDescriptor is None:
+        pytest.skip("needs Triton 3.4")
+    tile, step = module.TILE, module.DEPTH
+    blocks = [f"1, {tile}, {step}" if by_row else f"1, {step}, {tile}" for by_row in along]
+    kinds = {k: f"tensordesc<fp16[{block}]>" for k, block in zip("ab", blocks)}
+    kinds |= dict.fromkeys(("plus", "result"), "*fp16") | {"size": "i32", "depth": "i32"}
+    kinds |= dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
+    constants = {"PLUS": True, "A_ALONG": along[0], "B_ALONG": along[1]}
+    constants |= {"TILE": tile, "DEPTH": step}
+    lines = lines_of_ptx(module.described_kernel, kinds, constants, module.NUM_WARPS)
+    assert any("wgmma.mma_async" in line for line in lines)
+    assert any("cp.async.bulk.tensor" in line for line in lines)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

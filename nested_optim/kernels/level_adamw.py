@@ -157,10 +157,42 @@ def _store(address, start, lanes, mask, value, DTYPE: tl.constexpr, FULL: tl.con
 
 
 @triton.jit
+def _exchanged(u, v, write, rate):
+    """``rules.exchange``, in the two forms of a lerp: exact at either end."""
+    change = u - v
+    v = tl.where(write < 0.5, v + write * change, u - change * (1 - write))
+    change = v - u
+    return tl.where(rate < 0.5, u + rate * change, v - change * (1 - rate)), v
+
+
+@triton.jit
+def _exchange_chunk(
+    row,
+    order,
+    slower_at,
+    start,
+    lanes,
+    mask,
+    PARAM: tl.constexpr,
+    SLOWER: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """The exchange of a chunk that is not updated."""
+    param_at = tl.load(row + 1)
+    u = _load(param_at, start, lanes, mask, PARAM, FULL).to(COMPUTE)
+    v = _load(slower_at, start, lanes, mask, SLOWER, FULL).to(COMPUTE)
+    u, v = _exchanged(u, v, tl.load(order + 14), tl.load(order + 15))
+    _store(param_at, start, lanes, mask, u, PARAM, FULL)
+    _store(slower_at, start, lanes, mask, v, SLOWER, FULL)
+
+
+@triton.jit
 def _apply_chunk(
     row,
     order,
     action,
+    slower_at,
     start,
     lanes,
     mask,
@@ -173,6 +205,8 @@ def _apply_chunk(
     WINDOWS: tl.constexpr,
     SCALED: tl.constexpr,
     FLUSH: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+    SLOWER: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """One chunk of one tensor. ``FULL``: no mask, and every address is a multiple of 16."""
@@ -189,6 +223,11 @@ def _apply_chunk(
     if action == _ACCUMULATE:
         if WINDOWS:
             _store(window_at, start, lanes, mask, grad, COMPUTE, FULL)
+        if EXCHANGE:  # noqa: SIM102
+            if slower_at != 0:
+                _exchange_chunk(
+                    row, order, slower_at, start, lanes, mask, PARAM, SLOWER, COMPUTE, FULL
+                )  # fmt: skip
     else:
         param_at = tl.load(row + 1)
         exp_avg_at = tl.load(row + 2)
@@ -227,6 +266,12 @@ def _apply_chunk(
         update = _divide(exp_avg, _root(second) * root + eps)
         # At lr 0 nothing may move, not even by 0 / 0.
         new = param * decay - tl.where(step_size == 0, 0.0, step_size * update)
+        if EXCHANGE:  # noqa: SIM102
+            if slower_at != 0:
+                slower = _load(slower_at, start, lanes, mask, SLOWER, FULL).to(COMPUTE)
+                write, rate = tl.load(order + 14), tl.load(order + 15)
+                new, slower = _exchanged(new.to(PARAM).to(COMPUTE), slower, write, rate)
+                _store(slower_at, start, lanes, mask, slower, SLOWER, FULL)
         _store(param_at, start, lanes, mask, new, PARAM, FULL)
         _store(exp_avg_at, start, lanes, mask, exp_avg, MOMENT, FULL)
         _store(exp_avg_sq_at, start, lanes, mask, exp_avg_sq, MOMENT, FULL)
@@ -237,11 +282,12 @@ def _apply_chunk(
             _store(comp_at, start, lanes, mask, left, PARAM, FULL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def apply(
     chunks,
     rows,
     orders,
+    count,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
@@ -251,9 +297,15 @@ def apply(
     WINDOWS: tl.constexpr,
     SCALED: tl.constexpr,
     FLUSH: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+    SLOWER: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """What ``advance`` ordered, on one chunk of ``CHUNK`` elements of one tensor."""
+    """What ``advance`` ordered, on one chunk of ``CHUNK`` elements of one tensor.
+
+    With ``EXCHANGE`` the chunk's weights then exchange with a copy of them, if the tensor has one
+    and its frequency divides ``count``.
+    """
     pid = tl.program_id(0)
     tensor = tl.load(chunks + pid).to(tl.int64)
     row = rows + tensor * 16
@@ -262,19 +314,37 @@ def apply(
     start = (pid - tl.load(row + 8)) * CHUNK
     left = tl.load(row + 7) - start
     bits = tl.load(row) | tl.load(row + 9)
+    slower_at = tl.load(row + 10)
+    if EXCHANGE:
+        due = count % tl.maximum(tl.load(row + 11), 1) == 0
+        slower_at = tl.where(due, slower_at, 0)
+        bits = bits | slower_at
+    lanes = tl.arange(0, CHUNK)
+    # Whole chunks of aligned tensors are read and written 16 bytes at a time.
+    full = (left >= CHUNK) & ((bits & 15) == 0)
     if action != _SKIP:
-        lanes = tl.arange(0, CHUNK)
-        # Whole chunks of aligned tensors are read and written 16 bytes at a time.
-        if (left >= CHUNK) & ((bits & 15) == 0):
+        if full:
             _apply_chunk(
-                row, order, action, start, lanes, None,
-                PARAM, GRAD, MOMENT, COMPUTE, AMSGRAD, KAHAN, WINDOWS, SCALED, FLUSH, True,
+                row, order, action, slower_at, start, lanes, None,
+                PARAM, GRAD, MOMENT, COMPUTE, AMSGRAD, KAHAN, WINDOWS, SCALED, FLUSH,
+                EXCHANGE, SLOWER, True,
             )  # fmt: skip
         else:
             _apply_chunk(
-                row, order, action, start, lanes, lanes < left,
-                PARAM, GRAD, MOMENT, COMPUTE, AMSGRAD, KAHAN, WINDOWS, SCALED, FLUSH, False,
+                row, order, action, slower_at, start, lanes, lanes < left,
+                PARAM, GRAD, MOMENT, COMPUTE, AMSGRAD, KAHAN, WINDOWS, SCALED, FLUSH,
+                EXCHANGE, SLOWER, False,
             )  # fmt: skip
+    elif EXCHANGE:  # noqa: SIM102
+        if slower_at != 0:
+            if full:
+                _exchange_chunk(
+                    row, order, slower_at, start, lanes, None, PARAM, SLOWER, COMPUTE, True
+                )  # fmt: skip
+            else:
+                _exchange_chunk(
+                    row, order, slower_at, start, lanes, lanes < left, PARAM, SLOWER, COMPUTE, False
+                )  # fmt: skip
 
 
 _DTYPES = {
@@ -292,6 +362,7 @@ def step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     flush: bool = False,
+    exchange: tuple[int, torch.dtype] | None = None,
 ) -> None:
     """One step of every tensor in ``table``, on the current stream of its device.
 
@@ -301,9 +372,11 @@ def step(
         grad_scale: what the gradients were multiplied by, one element (optional).
         found_inf: nonzero for the whole step to be skipped, one element (optional).
         flush: apply the running windows as if they were complete, without gradients.
+        exchange: the number of this step, and the dtype of the copies in ``table`` that weights
+            exchange with at steps that their frequencies divide (optional).
     """
     scaled = grad_scale is not None or found_inf is not None
-    ordinary = not (scaled or flush)
+    ordinary = not (scaled or flush or exchange)
     if ordinary and table.launch is not None:
         table.launch(grads.data_ptr())
         return
@@ -328,12 +401,15 @@ def step(
         table.chunks,
         table.rows,
         table.orders,
+        exchange[0] if exchange else 0,
         *(_DTYPES[dtype] for dtype in table.dtypes),
         table.amsgrad,
         table.kahan,
         table.windows,
         scaled,
         flush,
+        exchange is not None,
+        _DTYPES[exchange[1] if exchange else torch.float32],
         CHUNK,
     )
     first = advance[(blocks,)](*advance_args, num_warps=4, enable_fp_fusion=True)

@@ -40,11 +40,13 @@ class LevelTable:
     - ``chunks``, int32: the tensor that each program of the update works on;
     - ``rows``, int64 ``(T, 16)``: addresses of gradient (written by the kernel), parameter, first,
       second and largest second moment, compensation and window; number of elements, first chunk,
-      and all of these addresses or-ed, whose low bits tell whether the tensor is aligned;
+      and all of these addresses or-ed, whose low bits tell whether the tensor is aligned; of a
+      weight memory's first copy (:meth:`join`) the address, or 0, and the exchange's frequency;
     - ``counters``, int64 ``(T, 4)``: addresses of ``step`` and ``window_count``, and the group;
     - ``settings``, float64 ``(G, 16)``: lr, weight decay, beta1, beta2, their logarithms, eps,
       frequency, mean or sum, decoupled or not, sign of the gradient;
-    - ``orders``, ``(T, 16)`` in the dtype of the computation: written by the first kernel.
+    - ``orders``, ``(T, 16)`` in the dtype of the computation: written by the first kernel; but
+      for the last two columns, an exchange's rates.
 
     Args:
         entries: at least one; the table keeps their tensors alive.
@@ -90,6 +92,20 @@ class LevelTable:
         self.launch: Callable[[int], None] | None = None
         self.addresses = AddressRing(self.n_tensors, self.device)
         self._values: array[float] | None = None
+        self._joined: list[tuple[int, int, float, float]] = []
+
+    def join(self, copies: list[tuple[int, int, float, float]]) -> None:
+        """Note for each tensor a copy to exchange with: address (0: none), frequency and rates."""
+        if copies == self._joined:
+            return
+        columns = list(zip(*copies))
+        where = torch.tensor(columns[:2], dtype=torch.int64).T.contiguous()
+        rates = torch.tensor(columns[2:], dtype=self.orders.dtype).T.contiguous()
+        if self.device.type == "cuda":
+            where, rates = where.pin_memory(), rates.pin_memory()
+        self.rows[:, 10:12].copy_(where, non_blocking=True)
+        self.orders[:, 14:16].copy_(rates, non_blocking=True)
+        self._joined = list(copies)
 
     def _upload(self, values: array[int]) -> Tensor:
         dtype = torch.int64 if values.typecode == "q" else torch.int32

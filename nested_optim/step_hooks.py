@@ -1,0 +1,44 @@
+"""What runs around an optimizer's step and its ``state_dict``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+
+def hooked_when_needed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Run step hooks and the profiler's range as torch does, when there is anything to run.
+
+    torch wraps ``step`` of every optimizer class that is not marked as wrapped. On a GPU, where the
+    host does little else, the wrapper's time shows.
+    """
+    with_hooks = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.compiler.is_compiling()
+            or torch.autograd._profiler_enabled()
+        ):
+            return with_hooks(self, closure)
+        return step(self, closure)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def export_groups(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Groups as a checkpoint holds them."""
+    if "param_groups" not in state_dict:  # a hook put before this one gave it another form
+        return state_dict
+    groups = [optimizer._export_group(group) for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
