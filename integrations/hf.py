@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .batches import held_out_batch, to_device
 from .build import build_optimizer, refuse_flattened
+from .hf_memory import WeightMemoryCallback
 from .optimizers import logged_metrics, observe_loss, unwrap_optimizer
 from .random_state import random_state_kept
 
@@ -40,7 +42,13 @@ except ImportError as error:
         "this module needs transformers and Accelerate: pip install 'nested_optim[hf]'"
     ) from error
 
-__all__ = ["NestedCallback", "NestedFactory", "NestedTrainer", "NestedTrainerMixin"]
+__all__ = [
+    "NestedCallback",
+    "NestedFactory",
+    "NestedTrainer",
+    "NestedTrainerMixin",
+    "WeightMemoryCallback",
+]
 
 #: Those whose betas and eps are AdamW's, which TrainingArguments have too.
 _ADAM = ("nested", "deep_nested", "adam", "adamw")
@@ -303,16 +311,31 @@ class NestedTrainerMixin:
       that whole step: over the accumulated batches, as the Trainer weights them, and over ranks;
     - logs of the training loss also hold the optimizer's ``metrics()`` as ``nested/...``, and the
       learning rate of each named group as ``nested/lr_<name>``;
-    - a :class:`NestedCallback` may use this Trainer's ``eval_dataset`` and ``compute_loss``.
+    - a :class:`NestedCallback` may use this Trainer's ``eval_dataset`` and ``compute_loss``;
+    - a :class:`~.hf_memory.WeightMemoryCallback` may have it evaluate on slow weights.
 
     With any other optimizer the Trainer is as it was, but for the learning rates.
     """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, NestedCallback):
+            if isinstance(callback, (NestedCallback, WeightMemoryCallback)):
                 callback._trainer = self
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._read_out():
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._read_out():
+            return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+    def _read_out(self) -> AbstractContextManager[Any]:
+        for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightMemoryCallback):
+                return callback.read_out(getattr(self, "optimizer", None))
+        return nullcontext()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_losses: list[Tensor] = []  # the batches of a new step
