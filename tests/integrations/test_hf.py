@@ -21,7 +21,6 @@ import transformers.hyperparameter_search
 from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
 
-import nested_optim
 from nested_optim import DGD, M3, DeltaMomentum, NestedOptimizer
 from nested_optim.integrations.build import OPTIMIZERS
 from nested_optim.integrations.hf import NestedFactory, NestedTrainer, NestedTrainerMixin
@@ -143,8 +142,6 @@ def test_without_a_trainer_the_factory_takes_arguments_or_says_what_is_missing(t
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_trains(name, tmp_path):
-    if name == "deep_nested" and not hasattr(nested_optim, "DeepNestedOptimizer"):
-        pytest.skip("DeepNestedOptimizer is not there")
     trainer = make_trainer(tmp_path, {"optimizer": name}, max_steps=2)
     before = weights(trainer.model)
     trainer.train()
@@ -322,9 +319,8 @@ def test_deepspeed_is_refused_where_names_or_shapes_are_needed(kwargs, why, tmp_
 
 def test_trainers_find_no_train_or_eval_on_our_optimizers():
     for name in OPTIMIZERS:
-        if name != "deep_nested" or hasattr(nested_optim, "DeepNestedOptimizer"):
-            optimizer = NestedFactory()(make_model(), optimizer=name, lr=1e-3)
-            assert not hasattr(optimizer, "train") and not hasattr(optimizer, "eval")
+        optimizer = NestedFactory()(make_model(), optimizer=name, lr=1e-3)
+        assert not hasattr(optimizer, "train") and not hasattr(optimizer, "eval")
 
 
 # ---------------------------------------------------------------------- the loss, the logs

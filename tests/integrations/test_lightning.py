@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # 
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
-import nested_optim  # noqa: E402
-from nested_optim import NestedOptimizer  # noqa: E402
+from nested_optim import DeepNestedOptimizer, NestedOptimizer  # noqa: E402
 from nested_optim.integrations.lightning import (  # noqa: E402
     NestedLightningCallback,
     WeightMemoryLightningCallback,
@@ -363,14 +362,11 @@ def test_wrong_settings_are_refused() -> None:
 
 class Learning(Module):
     def configure_optimizers(self) -> Any:
-        kind = nested_optim.DeepNestedOptimizer  # type: ignore[attr-defined]
-        return kind(levels(self.net), lr=1e-2, model=self, loss_fn=loss_fn, **self.given)
+        return DeepNestedOptimizer(
+            levels(self.net), lr=1e-2, model=self, loss_fn=loss_fn, **self.given
+        )
 
 
-@pytest.mark.skipif(
-    not hasattr(getattr(nested_optim, "DeepNestedOptimizer", None), "observe_loss"),
-    reason="DeepNestedOptimizer is not there, or takes no loss by observe_loss",
-)
 @pytest.mark.parametrize("mode", ["simple", "explicit"])
 def test_the_learned_optimizer_learns_and_logs(mode: str) -> None:
     recorder = Recorder()

@@ -14,8 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
-import nested_optim
-from nested_optim import NestedOptimizer
+from nested_optim import DeepNestedOptimizer, NestedOptimizer
 from nested_optim.integrations.loop import Checkpoint, Run, fit
 
 from .tiny import LossAware, Net, Noisy, held_out, largest_difference, levels, loader, loss_fn
@@ -228,16 +227,12 @@ def test_schedulers_resume(make: Any, scheduler: str, tmp_path: Any) -> None:
 
 def _deep(mode: str) -> Callable[[nn.Module], Any]:
     def make(model: nn.Module) -> Any:
-        kind = nested_optim.DeepNestedOptimizer  # type: ignore[attr-defined]
-        options = {"meta_lr": 1e-2, "k_unroll": 2, "meta_update_freq": 2}
-        return kind(levels(model), lr=1e-2, model=model, mode=mode, **options)
+        options: dict[str, Any] = {"meta_lr": 1e-2, "k_unroll": 2, "meta_update_freq": 2}
+        return DeepNestedOptimizer(levels(model), lr=1e-2, model=model, mode=mode, **options)
 
     return make
 
 
-@pytest.mark.skipif(
-    not hasattr(nested_optim, "DeepNestedOptimizer"), reason="DeepNestedOptimizer is not there"
-)
 @pytest.mark.parametrize("mode", ["simple", "explicit"])
 def test_the_learned_optimizer_resumes(mode: str, tmp_path: Any) -> None:
     expected, optimizer = _start(make=_deep(mode))
