@@ -46,6 +46,9 @@ class _Root(torch.autograd.Function):
 
     A second moment is 0 where every gradient was: the root of its square, |g|, has 0 among its
     subgradients there, where infinity times 0 would be no number.
+
+    ``moment_root`` has the same values and first derivatives, and higher ones, for a mask in the
+    graph. This one keeps no mask: one per step is 5 to 10 % of what an exact unroll holds.
     """
 
     @staticmethod
