@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from nested_optim import (
     build_param_groups,
     matrix_groups,
 )
+from nested_optim.memory_argument import attach_memory
 
 Groups = list[dict[str, Any]]
 
@@ -76,7 +77,7 @@ def build_optimizer(
     weight_decay: float | None = None,
     rules: Iterable[Mapping[str, Any]] | None = None,
     no_decay_1d: bool = True,
-    memory: Mapping[str, Any] | None = None,
+    memory: Mapping[str, Any] | Sequence[int] | str | None = None,
     **options: Any,
 ) -> Optimizer:
     """An optimizer of a model's trainable parameters.
@@ -91,7 +92,9 @@ def build_optimizer(
         weight_decay: of every group that has none of its own. Default: the optimizer's.
         rules: for :func:`build_param_groups`, first match wins; what matches none is one group.
         no_decay_1d: whether biases and parameters of one dimension have no weight decay.
-        memory: settings of a :class:`WeightMemory` to attach (``{}`` for its defaults).
+        memory: a :class:`WeightMemory` to attach to it, ours or torch's: a preset's name, its
+            frequencies, or a dict of its arguments (``{}`` for the defaults). A string is
+            ``"deep_momentum"``'s own option of that name.
         options: of the optimizer's constructor.
 
     Raises:
@@ -100,6 +103,8 @@ def build_optimizer(
     """
     cls = optimizer_class(optimizer)
     known = option_names(optimizer)
+    if optimizer == "deep_momentum" and isinstance(memory, str):
+        options, memory = {**options, "memory": memory}, None
     for key in options:
         if key not in known:
             raise ValueError(f"{optimizer!r} has no option {key!r}{_hint(key, known)}")
@@ -111,7 +116,7 @@ def build_optimizer(
                     f"torch's {cls.__name__} has no {level[0]!r}, which the rule for "
                     f"{rule.get('match')!r} sets: use the optimizer 'nested'"
                 )
-    if memory is not None:
+    if isinstance(memory, Mapping):
         names = tuple(inspect.signature(WeightMemory).parameters)
         for key in memory:
             if key not in names or key in ("optimizer", "buffers_from"):
@@ -120,7 +125,7 @@ def build_optimizer(
     groups = build_param_groups(model, rules, defaults=defaults, no_decay_1d=no_decay_1d)
     built = _construct(cls, optimizer, model, groups, {**defaults, **options})
     if memory is not None:
-        WeightMemory(built, **memory)
+        attach_memory(built, dict(memory) if isinstance(memory, Mapping) else memory)
     return built
 
 

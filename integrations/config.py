@@ -210,8 +210,10 @@ def optimizer_from_config(config: Mapping[str, Any] | str | Path, model: nn.Modu
         own = learned.pop("weight_decay")
         weight_decay = own if own is not None else weight_decay
         options = {**learned, **options}
-    memory = None
+    memory: Any = options.pop("memory", None)
     if checked.memory is not None:
+        if memory is not None:
+            raise ValueError("give memory or options: memory, not both")
         memory = {k: v for k, v in checked.memory.model_dump().items() if v is not None}
     return build_optimizer(
         model,

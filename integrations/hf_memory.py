@@ -95,7 +95,7 @@ class WeightMemoryCallback(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.save_as
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder, state_dict=weights)
+            model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         else:
             torch.save(weights, folder / "pytorch_model.bin")
 

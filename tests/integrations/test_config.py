@@ -332,6 +332,16 @@ def test_a_memory_is_attached():
     optimizer = optimizer_from_config(config, model)
     take_steps(optimizer, model)
     assert optimizer.param_groups[0]["memory_frequencies"] == (2, 4)
+    short = optimizer_from_config(
+        {"optimizer_type": "nested", "options": {"memory": "continual"}}, make_model()
+    )
+    assert short.param_groups[0]["memory_frequencies"] == (10, 50)
+    own = optimizer_from_config(
+        {"optimizer_type": "deep_momentum", "options": {"memory": "linear"}}, make_model()
+    )
+    assert own.param_groups[0]["memory"] == "linear"
+    with pytest.raises(ValueError, match="not both"):
+        optimizer_from_config({"memory": {}, "options": {"memory": "continual"}}, make_model())
     with pytest.raises(ValueError, match=r"memory.frequencies"):
         optimizer_from_config({"memory": {"frequencies": [True]}}, make_model())
 
