@@ -337,7 +337,8 @@ def test_a_memory_is_attached():
     )
     assert short.param_groups[0]["memory_frequencies"] == (10, 50)
     own = optimizer_from_config(
-        {"optimizer_type": "deep_momentum", "options": {"memory": "linear"}}, make_model()
+        {"optimizer_type": "deep_momentum", "options": {"memory": "linear", "objective": "dot"}},
+        make_model(),
     )
     assert own.param_groups[0]["memory"] == "linear"
     with pytest.raises(ValueError, match="not both"):
