@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .comparison import compare
+from .meta_cli import meta_command
 from .one_step_cli import one_step_command
 
 
@@ -14,4 +15,5 @@ def training() -> None:
 
 
 training.add_command(compare)
+training.add_command(meta_command)
 training.add_command(one_step_command)

@@ -57,7 +57,7 @@ VARIANTS = {
 }
 
 
-def _whole(seed: int) -> tuple[Batch, Batch]:
+def whole(seed: int) -> tuple[Batch, Batch]:
     """All training and all test digits."""
     stream = make_stream(seed)
     train, test = (
@@ -67,7 +67,7 @@ def _whole(seed: int) -> tuple[Batch, Batch]:
     return train, test
 
 
-def _batches(data: Batch, seed: int) -> Iterator[Batch]:
+def batches(data: Batch, seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         chosen = torch.randint(len(data[1]), (BATCH_SIZE,), generator=generator)
@@ -75,7 +75,7 @@ def _batches(data: Batch, seed: int) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def _figures(model: torch.nn.Module, train: Batch, test: Batch) -> dict[str, float]:
+def figures(model: torch.nn.Module, train: Batch, test: Batch) -> dict[str, float]:
     loss = float(F.cross_entropy(model(train[0]), train[1]))
     right = model(test[0]).argmax(1) == test[1]
     return {
@@ -88,42 +88,42 @@ def run_fixed(
     lr: float, momentum: float, seed: int, steps: int, cosine: bool = False
 ) -> dict[str, Any]:
     """``torch.optim.SGD`` with these numbers, or a cosine from ``lr`` to 0."""
-    train, test = _whole(seed)
+    train, test = whole(seed)
     model = build_model(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
     started = time.perf_counter()
-    for inputs, labels in itertools.islice(_batches(train, seed), steps):
+    for inputs, labels in itertools.islice(batches(train, seed), steps):
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
     seconds = time.perf_counter() - started
-    return {**_figures(model, train, test), "ms_per_step": 1e3 * seconds / steps}
+    return {**figures(model, train, test), "ms_per_step": 1e3 * seconds / steps}
 
 
 def run_nested(
     variant: Variant, lr: float, meta_lr: float, seed: int, steps: int
 ) -> dict[str, Any]:
     """The nested trainer, starting from this learning rate and a momentum of 0.9."""
-    train, test = _whole(seed)
+    train, test = whole(seed)
     model = build_model(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = MetaNetwork(variant.statistics, lr=lr, momentum=START_MOMENTUM)
     trainer = NestedTrainer(model, F.cross_entropy, network, meta_lr, truncate=variant.truncate)
-    batches, later = _batches(train, seed), _batches(train, seed + 10_000)
+    now, later = batches(train, seed), batches(train, seed + 10_000)
     chosen: list[list[float]] = []
     started = time.perf_counter()
     for _ in range(steps // variant.unroll):
-        given = list(itertools.islice(batches, variant.unroll))
+        given = list(itertools.islice(now, variant.unroll))
         metrics = trainer.step(given, next(later))
         chosen.append([float(metrics["lr"]), float(metrics["momentum"])])
     seconds = time.perf_counter() - started
     trainer.write_back()
     return {
-        **_figures(model, train, test),
+        **figures(model, train, test),
         "ms_per_step": 1e3 * seconds / steps,
         "lr_and_momentum": chosen[:: max(1, len(chosen) // 50)],
     }
