@@ -29,6 +29,9 @@ from .samples import Sample, smallest, stream_keys, stream_seed, thinned
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+#: Choices of rows that a capture keeps for other layers: more than any step has kinds of.
+_MAX_CHOICES = 64
+
 
 class Owner(Protocol):
     """The optimizer, as its capture sees it."""
@@ -95,6 +98,7 @@ class Capture:
         self.members: set[Tensor] = set()
         self._owner = weakref.ref(owner)
         self._pools: dict[Tensor, _Pool] = {}
+        self._choices: dict[Any, tuple[Tensor, Tensor]] = {}
         self._modules: dict[nn.Module, Layout] = {}
         self._handles: list[RemovableHandle] = []
         # A tensor that needs a gradient, or autograd would save nothing.
@@ -130,9 +134,12 @@ class Capture:
         _remove(self._handles)
         self._modules.clear()
         self._pools.clear()
+        self._choices.clear()
 
     def clear(self, weights: Iterable[Tensor] | None = None) -> None:
         """Forget the inputs of these weights, or of all."""
+        if weights is None:
+            self._choices.clear()
         for pool in self._pools.values() if weights is None else map(self._pools.get, weights):
             if pool is not None:
                 pool.clear()
@@ -199,7 +206,27 @@ class Capture:
             group = self.process_group
             rank = 0 if group is None else dist.get_rank(group)
             pool.seed = stream_seed(*numbers, rank)
-        pool.stage(use, x)
+        pool.stage(use, x, self._chosen)
+
+    def _chosen(
+        self, seed: int, start: int, count: int, size: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Which ``size`` of ``count`` rows to keep, and their keys.
+
+        Layers of one seed that see as many inputs keep the same places, so most layers of a step
+        share one choice. On a device it belongs to the stream that made it.
+        """
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        name = (seed, start, count, size, device, stream)
+        found = self._choices.get(name)
+        if found is None:
+            keys = stream_keys(seed, start, count, device)
+            index = smallest(keys, size)
+            found = (index, keys[index])
+            if len(self._choices) >= _MAX_CHOICES:
+                self._choices.clear()
+            self._choices[name] = found
+        return found
 
 
 class _ForwardHook:
@@ -353,17 +380,15 @@ class _Pool:
         if staged:
             self.staged, self.seed = [], None
 
-    def stage(self, use: _Use, x: Tensor) -> None:
-        """Take rows of a use whose backward pass has begun."""
+    def stage(self, use: _Use, x: Tensor, choose: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        """Take rows of a use whose backward pass has begun, those that ``choose`` says."""
         assert self.seed is not None
         task = torch._C._current_graph_task_id()
         self.staged = [part for part in self.staged if part.task == task]
         start = self.total + sum(part.count for part in self.staged)
         keys = index = None
         if use.count > self.capacity:
-            keys = stream_keys(self.seed, start, use.count, x.device)
-            index = smallest(keys, self.capacity)
-            keys = keys[index]
+            index, keys = choose(self.seed, start, use.count, self.capacity, x.device)
         self.staged.append(_Part(task, start, use.count, use.rows(x, index), keys))
 
     def commit(self) -> None:

@@ -14,15 +14,18 @@ from torch.optim.optimizer import (
     _maximize_doc,
 )
 
-from . import rules
+from . import kernels, rules
+from .delta_steps import DeltaSteps
 from .memory_argument import MemoryT
 from .momentum import MomentumOptimizer, foreach_decay, foreach_descend, foreach_scale, in_place
 from .nested import _buckets
 from .optimizer import ParamsT
-from .tensors import is_dtensor, laid_out_like
+from .tensors import is_dtensor, laid_out_like, resolve_dtype
 
 #: Elements that one batched product copies together; larger matrices run alone, uncopied.
 _BATCH_ELEMENTS = 2**24
+
+_PRODUCT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class DeltaMomentum(MomentumOptimizer):
@@ -34,6 +37,7 @@ class DeltaMomentum(MomentumOptimizer):
         delta_rate: float = 1.0,
         *,
         normalized: bool = False,
+        product_dtype: torch.dtype | str | None = None,
         weight_decay: float = 0.0,
         decoupled: bool = False,
         frequency: int = 1,
@@ -52,6 +56,7 @@ class DeltaMomentum(MomentumOptimizer):
             "momentum": momentum,
             "delta_rate": delta_rate,
             "normalized": normalized,
+            "product_dtype": product_dtype,
             "weight_decay": weight_decay,
             "decoupled": decoupled,
             "frequency": frequency,
@@ -71,7 +76,44 @@ class DeltaMomentum(MomentumOptimizer):
         if not 0.0 <= rate < math.inf:
             raise ValueError(f"{where}Invalid delta_rate value: {rate}")
         canonical["delta_rate"] = float(rate)
+        if options["product_dtype"] is not None:
+            # A string, so that checkpoints hold plain values.
+            dtype = _product_dtype(options, where)
+            canonical["product_dtype"] = str(dtype).removeprefix("torch.")
         return canonical
+
+    def _check_edits(self, group: dict[str, Any], where: str) -> None:
+        super()._check_edits(group, where)
+        dtype = _product_dtype(group, where)
+        if dtype is None or dtype.itemsize > 2:
+            return
+        for i, p in enumerate(group["params"]):
+            if p.is_complex():
+                raise ValueError(
+                    f"{self._param_label(group, i)} is complex, and there are no complex products "
+                    f"in {dtype}: give its group product_dtype=None"
+                )
+
+    _kernel_steps: DeltaSteps | None = None
+
+    def _run_kernels(
+        self, group: dict[str, Any], kept: list[list[Tensor]], grads: list[Tensor]
+    ) -> list[int] | None:
+        if not (group["delta_rate"] and group["momentum"]) or torch.compiler.is_compiling():
+            return None  # without the term, torch's operations have torch.optim.SGD's bits
+        if group["foreach"] is not None or group["differentiable"]:
+            return None
+        if not any(map(kernels.available, {p.device for p in kept[0]})):
+            return None
+        if self._kernel_steps is None:
+            self._kernel_steps = DeltaSteps()
+        params, bufs = kept
+        return self._kernel_steps(group, params, bufs, grads, _product_dtype(group))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._kernel_steps is not None:
+            self._kernel_steps.forget()
 
     def _run(
         self,
@@ -87,6 +129,20 @@ class DeltaMomentum(MomentumOptimizer):
             _single_tensor_deltamomentum(tensors, group)
 
 
+def _product_dtype(group: dict[str, Any], where: str = "") -> torch.dtype | None:
+    """The dtype of the products; None where the rule has the buffer's."""
+    name = group["product_dtype"]
+    if name is None:
+        return None
+    dtype = resolve_dtype(name, where, "product_dtype")
+    if str(dtype).removeprefix("torch.") not in _PRODUCT_DTYPES:
+        raise ValueError(
+            f"{where}Invalid product_dtype: {name!r}. Choose one of {', '.join(_PRODUCT_DTYPES)}, "
+            "or None for the buffer's own"
+        )
+    return dtype
+
+
 # Each path below takes the lists [params, grads, momentum_buffers] and updates all but the
 # gradients in place.
 
@@ -95,6 +151,7 @@ def _single_tensor_deltamomentum(tensors: list[list[Tensor]], group: dict[str, A
     """The rule itself, tensor by tensor."""
     params, grads, bufs = tensors
     options = {key: group[key] for key in ("delta_rate", "normalized")}
+    options["product_dtype"] = _product_dtype(group)
     in_place(rules.delta_momentum, [params, bufs], grads, group, **options)
 
 
@@ -126,6 +183,7 @@ def _delta_terms(
         "rate": group["delta_rate"],
         "momentum": group["momentum"],
         "normalized": group["normalized"],
+        "product_dtype": _product_dtype(group),
     }
     shapes: dict[Any, list[int]] = {}
     pairs = [tuple(map(rules.as_matrix, pair)) for pair in zip(bufs, grads)]
@@ -181,6 +239,12 @@ DeltaMomentum.__doc__ = rf"""SGD whose momentum forgets along the gradient befor
         normalized (bool): count the rate in units of :math:`\alpha / |g|^2`: then :math:`\rho |g|^2
             = \alpha r / (1 + r)` at every scale of the gradient, so that 1 takes off half of what
             the buffer has along a vector gradient (default: False).
+        product_dtype (torch.dtype or str): dtype of the two products, ``"bfloat16"``,
+            ``"float16"``, ``"float32"`` or ``"float64"``. Buffer and gradient are brought to a
+            norm that suits it first, and only the term that the buffer forgets is rounded to it.
+            None means the buffer's (then ``torch.set_float32_matmul_precision`` has its say). The
+            products are most of a step's work, and ``"bfloat16"`` a good deal faster on a GPU
+            (default: None).
         weight_decay (float): weight of SGD's L2 penalty, which the momentum sees (default: 0.0).
         decoupled (bool): shrink parameters by ``lr * weight_decay`` instead, as AdamW does
             (default: False).
@@ -191,10 +255,12 @@ DeltaMomentum.__doc__ = rf"""SGD whose momentum forgets along the gradient befor
         state_dtype (torch.dtype or str): dtype of the buffer; None means the parameter's
             (default: None).
         {_maximize_doc}
-        {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits.
+        {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits. The
+            default on CUDA with Triton is two kernels around the products, for real parameters
+            and buffers of at most 32 bits; whatever they do not serve goes through foreach.
         {_capturable_doc} Windows then close on the device.
         {_differentiable_doc}
-        fused (bool, optional): there is no fused kernel for this rule; True is refused.
+        fused (bool, optional): True is refused: no kernel has all of this rule in it.
         param_groups (iterable): the same as ``params``.
         memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
             frequencies, or a dict of its arguments (default: None).

@@ -1,11 +1,13 @@
-"""Descent with and without inputs on lists of tensors: the paths of ``DGD`` with ``base="sgd"``.
+"""Descent with and without inputs on lists of tensors: what ``DGD`` does at its updates.
 
-Each path takes parameters, gradients of their dtypes, the inputs of those that have any, step
-counters and the group, and updates parameters and counters in place.
+The paths of ``base="sgd"`` take parameters, gradients of their dtypes, the inputs of those that
+have any, step counters and the group, and update parameters and counters in place.
+:func:`subtracted_terms` is what ``base="adamw"`` adds to AdamW's step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +16,19 @@ from torch import Tensor
 from . import rules
 from .inputs import Inputs
 from .nested import _buckets, _count
+from .rules.dgd import forms_second_moment
 from .tensors import to_scalar
+
+#: Elements of the largest tensor of a batch of products; larger weights run alone, uncopied.
+_BATCH_ELEMENTS = 2**24
+
+
+def _in_batches(param: Tensor) -> bool:
+    """Whether weights of one shape share their products.
+
+    On a CPU a batch saves nothing, and one by one the products have the rule's bits.
+    """
+    return not param.is_cpu
 
 
 def _single_tensor_dgd(
@@ -57,21 +71,31 @@ def _multi_tensor_dgd(
     steps: list[Tensor],
     group: dict[str, Any],
 ) -> None:
-    """Plain descent on lists of tensors; the products of the rest leave nothing to gain by it."""
-    with_inputs = [i for i, given in enumerate(taken) if given is not None]
-    if with_inputs:
-        _single_tensor_dgd(
-            [params[i] for i in with_inputs],
-            [grads[i] for i in with_inputs],
-            [taken[i] for i in with_inputs],
-            [steps[i] for i in with_inputs],
-            group,
-        )
-    plain = [i for i, given in enumerate(taken) if given is None]
+    """Plain descent on lists of tensors; the rest in batches, or where those gain nothing by one.
+
+    A weight that no input has reached (a batch was empty) descends plainly.
+    """
+    plain: list[int] = []
+    batched: list[int] = []
+    alone: list[int] = []
+    for i, (param, given) in enumerate(zip(params, taken)):
+        if given is None:
+            plain.append(i)
+        elif group["batch"] != "mean" or not _in_batches(param):
+            alone.append(i)
+        else:
+            (batched if len(given.rows) else plain).append(i)
+    if alone:
+        chosen, theirs, inputs, counters = _at(alone, params, grads, taken, steps)
+        _single_tensor_dgd(chosen, theirs, inputs, counters, group)
+    if batched:
+        chosen, theirs, inputs, counters = _at(batched, params, grads, taken, steps)
+        _count(counters)
+        _batched_dgd(chosen, theirs, inputs, group)
     if not plain:
         return
     lr, weight_decay = to_scalar(group["lr"]), group["weight_decay"]
-    for bucket in _buckets([[x[i] for i in plain] for x in (params, grads, steps)]).values():  # type: ignore[misc]
+    for bucket in _buckets(_at(plain, params, grads, steps)).values():
         chosen, theirs, counters = bucket
         if group["maximize"]:
             theirs = list(torch._foreach_neg(theirs))
@@ -79,3 +103,133 @@ def _multi_tensor_dgd(
             theirs = list(torch._foreach_add(theirs, chosen, alpha=weight_decay))
         torch._foreach_add_(chosen, theirs, alpha=-lr)
         _count(counters)
+
+
+def _at(indices: list[int], *columns: list[Any]) -> list[list[Any]]:
+    return [[column[i] for i in indices] for column in columns]
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def _batched_dgd(
+    params: list[Tensor], grads: list[Tensor], taken: list[Inputs], group: dict[str, Any]
+) -> None:
+    """``rules.dgd`` with ``batch="mean"``, in place: ``p <- p - e (g + wd p) - e decay p S``."""
+    weight_decay = to_scalar(group["weight_decay"])
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
+    sign = -1.0 if group["maximize"] else 1.0
+    for members, sizes, terms in _batches_of_terms(params, taken, group):
+        chosen, theirs = _at(members, params, grads)
+        each, shrinks = sizes.unbind(0), (sizes * weight_decay).unbind(0) if decays else ()
+        if chosen[0].dtype == sizes.dtype:
+            if decays:
+                torch._foreach_addcmul_(chosen, chosen, shrinks, value=-1.0)
+            torch._foreach_addcmul_(chosen, theirs, each, value=-sign)
+            torch._foreach_sub_(chosen, terms)
+            continue
+        # A narrow parameter is to be rounded once.
+        changes = [term.to(sizes.dtype) for term in terms]
+        wide = [p.to(sizes.dtype) for p in chosen] if decays else []
+        if decays:
+            torch._foreach_addcmul_(changes, wide, shrinks)
+        torch._foreach_addcmul_(changes, [g.to(sizes.dtype) for g in theirs], each, value=sign)
+        torch._foreach_sub_(chosen, changes)
+
+
+def subtracted_terms(
+    weights: list[Tensor], taken: list[Inputs | None], group: dict[str, Any], foreach: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """``rules.input_decay`` of each weight that has inputs, with the weight."""
+    pairs = [(w, x) for w, x in zip(weights, taken) if x is not None and len(x.rows)]
+    found: list[tuple[Tensor, Tensor]] = []
+    batched: list[tuple[Tensor, Inputs]] = []
+    for weight, given in pairs:
+        if foreach and _in_batches(weight):
+            batched.append((weight, given))
+            continue
+        term = rules.input_decay(
+            given.layout.matrix(weight),
+            given.rows,
+            lr=to_scalar(group["lr"]),
+            decay=group["decay"],
+            count=given.count,
+            scale=given.scale,
+        )
+        found.append((weight, given.layout.unmatrix(term, weight)))
+    if batched:
+        chosen, inputs = map(list, zip(*batched))
+        for members, _, terms in _batches_of_terms(chosen, inputs, group):
+            found.extend((chosen[i], term) for i, term in zip(members, terms))
+    return found
+
+
+def _batches_of_terms(
+    weights: list[Tensor], taken: list[Inputs], group: dict[str, Any]
+) -> Iterator[tuple[list[int], Tensor, tuple[Tensor, ...]]]:
+    """For weights of one kind at a time: which, their step sizes, and their decay's terms."""
+    kinds: dict[Any, list[int]] = {}
+    for i, (weight, given) in enumerate(zip(weights, taken)):
+        rows = given.rows
+        kind = (weight.shape, weight.dtype, weight.device, given.layout, rows.shape, rows.dtype)
+        kinds.setdefault((*kind, _kind(given.count), _kind(given.scale)), []).append(i)
+    for members in kinds.values():
+        weight, rows = weights[members[0]], taken[members[0]].rows
+        batch, features = rows.shape
+        outputs = weight.numel() // max(1, features)
+        forms = forms_second_moment(batch, outputs, features)
+        between = features * features if forms else outputs * batch
+        size = max(1, _BATCH_ELEMENTS // max(1, weight.numel(), rows.numel(), between))
+        for start in range(0, len(members), size):
+            chunk = members[start : start + size]
+            chosen, inputs = _at(chunk, weights, taken)
+            yield chunk, *_terms(chosen, inputs, group, forms)
+
+
+def _kind(number: Any) -> Any:
+    """Equal for what one batch can hold: a number is shared, tensors are stacked."""
+    return "tensor" if isinstance(number, Tensor) else number
+
+
+def _terms(
+    weights: list[Tensor], taken: list[Inputs], group: dict[str, Any], forms: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``e``, in at least float32, and ``e decay W S``, in the dtype of its products."""
+    one, transposed = weights[0], taken[0].layout.transposed
+    wide = torch.promote_types(one.dtype, torch.float32)
+    dtype = taken[0].rows.dtype
+    dtype = dtype if dtype is torch.bfloat16 else wide
+    lr: Any = to_scalar(group["lr"])
+    lr = lr.to(wide) if isinstance(lr, Tensor) else lr
+    count, scale = (_together([getattr(x, key) for x in taken]) for key in ("count", "scale"))
+    number = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    strength = group["decay"] * scale
+
+    rows = _stacked([x.rows for x in taken])
+    square = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=wide).square() / number
+    sizes = lr / (1 + lr * strength * square)
+    factors = (sizes * strength / number).view(-1, 1, 1)
+
+    rows = rows.to(dtype)
+    if len(weights) == 1:
+        stack = one.to(dtype).unsqueeze(0)
+    else:
+        stack = torch.empty((len(weights), *one.shape), dtype=dtype, device=one.device)
+        torch._foreach_copy_(list(stack.unbind(0)), weights)
+    matrices = stack.flatten(2)  # transposed ones stay so: no product turns them over
+    if forms:
+        second = (rows.mT @ rows).mul_(factors)
+        terms = second @ matrices if transposed else matrices @ second
+    elif transposed:
+        terms = rows.mT @ (rows @ matrices).mul_(factors)
+    else:
+        terms = (matrices @ rows.mT).mul_(factors) @ rows
+    return sizes, terms.view(stack.shape).unbind(0)
+
+
+def _together(numbers: list[Any]) -> Any:
+    return torch.stack(numbers) if isinstance(numbers[0], Tensor) else numbers[0]
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)

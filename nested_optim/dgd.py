@@ -18,14 +18,14 @@ from torch.optim.optimizer import (
 
 from . import inputs, rules
 from .capture import Capture
-from .descent import _multi_tensor_dgd, _single_tensor_dgd
+from .descent import _multi_tensor_dgd, _single_tensor_dgd, subtracted_terms
 from .fused import Work
 from .inputs import Inputs
 from .memory_argument import MemoryT
 from .names import find_parameters
 from .nested import NestedOptimizer, _is_narrow
 from .optimizer import LevelOptimizer, ParamsT
-from .tensors import is_dtensor, to_scalar
+from .tensors import is_dtensor
 
 _CHOICES = {"batch": ("mean", "exact"), "base": ("sgd", "adamw"), "reduction": ("mean", "sum")}
 
@@ -422,21 +422,11 @@ class DGD(NestedOptimizer):
         grads: list[Tensor],
         steps: list[Tensor],
     ) -> None:
-        terms = []
-        for given, weight in zip(self._used, kept[0]):
-            if given is not None and len(given.rows):
-                term = rules.input_decay(
-                    given.layout.matrix(weight),
-                    given.rows,
-                    lr=to_scalar(group["lr"]),
-                    decay=group["decay"],
-                    count=given.count,
-                    scale=given.scale,
-                )
-                terms.append((weight, given.layout.unmatrix(term, weight)))
+        foreach = self._uses_foreach(group, kept[0])
+        terms = subtracted_terms(kept[0], self._used, group, foreach) if self._used else []
         super()._run(group, kept, grads, steps)
-        for weight, term in terms:
-            weight.sub_(term)
+        if terms:
+            torch._foreach_sub_(*map(list, zip(*terms)))
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         if group["base"] == "adamw":

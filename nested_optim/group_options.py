@@ -24,8 +24,8 @@ KNOWN_KEYS = (
     "fused", "kahan_sum", "algorithm", "mode", "slow_frequency", "alpha", "second_moment",
     "ns_steps", "ns_coefficients", "ns_dtype", "adjust_lr", "momentum", "nesterov", "flatten",
     "out_dim", "split_sizes", "num_heads", "max_batch_bytes",
-    "delta_rate", "normalized", "memory", "objective", "base", "batch", "decay", "max_tokens",
-    "reduction", "window_samples",
+    "delta_rate", "normalized", "product_dtype", "memory", "objective", "base", "batch", "decay",
+    "max_tokens", "reduction", "window_samples",
     "memory_frequencies", "memory_write", "memory_pull", "memory_dtype",
 )
 # fmt: on

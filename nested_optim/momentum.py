@@ -90,9 +90,24 @@ class MomentumOptimizer(LevelOptimizer):
             if group["capturable"] and state["step"].device != p.device:
                 state["step"] = state["step"].to(p.device)
         kept = [params, *([state[key] for state in states] for key in keys)]
-        with _in_one_dtype(kept, grads) as (work, work_grads):
-            self._run(group, work, work_grads, states)
+        left = self._run_kernels(group, kept, grads)
+        rest = states
+        if left is not None:
+            kept = [[tensors[i] for i in left] for tensors in kept]
+            grads, rest = [grads[i] for i in left], [states[i] for i in left]
+        if rest:
+            with _in_one_dtype(kept, grads) as (work, work_grads):
+                self._run(group, work, work_grads, rest)
         _count([state["step"] for state in states])
+
+    def _run_kernels(
+        self, group: dict[str, Any], kept: list[list[Tensor]], grads: list[Tensor]
+    ) -> list[int] | None:
+        """Apply the rule where a class has kernels that serve; which are left, None for all.
+
+        As :meth:`_run`, but each tensor has the dtype that it is kept in.
+        """
+        return None
 
     @abc.abstractmethod
     def _run(

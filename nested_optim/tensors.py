@@ -47,12 +47,14 @@ def laid_out_like(value: Tensor, param: Any) -> Tensor:
     return value.redistribute(placements=wanted)  # type: ignore[attr-defined, no-any-return]
 
 
-def resolve_dtype(name: str | torch.dtype, where: str = "") -> torch.dtype:
+def resolve_dtype(
+    name: str | torch.dtype, where: str = "", option: str = "state_dtype"
+) -> torch.dtype:
     """The floating-point dtype of this name (``"float32"``), or a ValueError."""
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
-            f"{where}Invalid state_dtype: {name!r}. Give a real floating-point dtype such as "
+            f"{where}Invalid {option}: {name!r}. Give a real floating-point dtype such as "
             "torch.float32, or None for the parameter's own"
         )
     return dtype

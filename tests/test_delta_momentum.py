@@ -294,6 +294,90 @@ def test_zero_gradients_decay_the_buffer_and_make_no_nan():
         assert torch.equal(buf, torch.full_like(buf, 0.5))
 
 
+# ---------------------------------------------------------------------- narrower products
+
+PRODUCTS = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 300), (7,), ()], ids=str)
+def test_narrower_products_round_the_term_and_stay_in_range(product, scale, normalized, shape):
+    torch.manual_seed(0)
+    buf, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    buf, grad = map(rules.as_matrix, (scale * buf, scale * grad))
+    options = {"rate": 0.7, "momentum": 0.9, "normalized": normalized}
+    exact = rules.delta_term(buf, grad, **options)
+    term = rules.delta_term(buf, grad, **options, product_dtype=getattr(torch, product))
+    assert term.dtype == buf.dtype
+    assert (term - exact).norm() <= PRODUCTS[product] * exact.norm()
+    if scale == 1.0:  # float32 buffers, whose squares leave their range above
+        term = rules.delta_term(
+            buf.float(), grad.float(), **options, product_dtype=getattr(torch, product)
+        )
+        assert (term - exact).norm() <= max(PRODUCTS[product], 1e-5) * exact.norm()
+        assert term.dtype == torch.float32
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_of_a_gradient_with_one_element_stay_in_range(product):
+    """The largest elements that a norm of 1 leaves room for."""
+    buf, grad = torch.zeros(40, 1000), torch.zeros(40, 1000)
+    buf[3, 5], grad[3, 5] = 7.0, 1e10
+    term = rules.delta_term(
+        buf, grad, rate=1.0, momentum=0.9, product_dtype=getattr(torch, product)
+    )
+    assert term[3, 5].item() == pytest.approx(0.9 * 7.0, rel=max(PRODUCTS[product], 1e-6))
+    assert int((term != 0).sum()) == 1
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch"])
+def test_the_products_dtype_is_kept_by_its_name(name):
+    params = make_params((4, 3))
+    dtype = torch.bfloat16 if name == "torch" else name
+    optimizer = DeltaMomentum(params, product_dtype=dtype)
+    assert optimizer.param_groups[0]["product_dtype"] == "bfloat16"
+    train(optimizer, params, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    twins = clone_params(params)
+    other = DeltaMomentum(twins)
+    with pytest.warns(UserWarning, match="product_dtype"):
+        other.load_state_dict(state)
+    train(optimizer, params, range(2, 4))
+    train(other, twins, range(2, 4))
+    assert_same_tensors(twins, params)
+
+
+def test_every_path_takes_the_products_dtype():
+    results = []
+    for options in (
+        {"foreach": True},
+        {"foreach": False},
+        {"foreach": False, "product_dtype": None},
+    ):
+        params = make_params(*SHAPES)
+        optimizer = DeltaMomentum(params, lr=0.1, **{"product_dtype": "bfloat16", **options})
+        train(optimizer, params, range(4))
+        results.append([p.detach() for p in params])
+    assert_same_tensors(results[0], results[1])
+    assert not torch.equal(results[1][0], results[2][0])
+    torch.testing.assert_close(results[1], results[2], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("edit", ["bfloat16", "int32", "float8_e5m2"])
+def test_products_that_a_step_cannot_take_are_refused_before_anything_changes(edit):
+    params = make_params((3, 2), dtype=torch.complex64)
+    optimizer = DeltaMomentum(params, product_dtype="float64")
+    train(optimizer, params, range(2))
+    optimizer.param_groups[0]["product_dtype"] = edit
+    set_grads(params, random_grads(params, 2))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"is complex|Invalid product_dtype"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
 # ---------------------------------------------------------------------- paths, windows, state
 
 
@@ -304,7 +388,7 @@ def test_batched_products_are_the_rule_s(batch_elements, dtype):
     params = make_params((6, 4), (6, 4), (4, 6), (6, 4), (4, 6), (3, 2, 4), (7,), (7,), (0, 3), ())
     grads = [g.to(dtype) for g in random_grads(params, 0)]
     bufs = [b.to(dtype) for b in random_grads(params, 1)]
-    group = {"delta_rate": 0.5, "momentum": 0.9, "normalized": False}
+    group = {"delta_rate": 0.5, "momentum": 0.9, "normalized": False, "product_dtype": None}
     found = nested_optim.delta_momentum._delta_terms(bufs, grads, group, batch_elements)
     for buf, grad, term in zip(bufs, grads, found, strict=True):
         alone = rules.delta_term(
@@ -317,13 +401,15 @@ def test_batched_products_are_the_rule_s(batch_elements, dtype):
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2), (4,), ()], ids=str)
 @pytest.mark.parametrize("normalized", [False, True])
-def test_gradients_through_the_rule_agree_with_finite_differences(shape, normalized):
+@pytest.mark.parametrize("product_dtype", [None, torch.float64])
+def test_gradients_through_the_rule_agree_with_finite_differences(shape, normalized, product_dtype):
     torch.manual_seed(0)
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
 
     def update(param, grad, buf, lr):
         options = {"momentum": 0.9, "delta_rate": 0.8, "normalized": normalized}
+        options["product_dtype"] = product_dtype
         return tuple(rules.delta_momentum(param, grad, buf, lr=lr, weight_decay=0.1, **options))
 
     assert torch.autograd.gradcheck(update, (*tensors, lr))

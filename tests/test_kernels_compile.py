@@ -122,3 +122,25 @@ def test_the_exchange_compiles_to_accesses_of_16_bytes(dtypes, gated, monkeypatc
     lines = lines_of_ptx(module.exchange_kernel, kinds, constants, module.NUM_WARPS)
     for access in ("ld.global", "st.global"):
         assert any(access in x and (".v4." in x or ".v2.b64" in x) for x in lines)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F32, F32), (F16, BF16, F32)])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_delta_momentums_passes_compile_to_accesses_of_16_bytes(dtypes, on_device, monkeypatch):
+    module = without_interpreter("nested_optim.kernels.delta", monkeypatch)
+    tables = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "space": "*bf16"}
+    roles = dict(zip(("PARAM", "BUFFER", "GRAD"), map(module.DTYPES.get, dtypes)))
+    shared = {"PRODUCT": module.DTYPES[BF16], "SIZE": 2, "CHUNK": module.CHUNK}
+    numbers = dict.fromkeys(("lr", "keep", "weight_decay", "momentum", "sign"), "fp32")
+    kinds = {**tables, "factors": "*fp32", **numbers}
+    constants = {**roles, **shared, "LR_ON_DEVICE": on_device}
+    (kinds if on_device else constants)["lr_at"] = "*fp64" if on_device else None
+    update = lines_of_ptx(module.update_kernel, kinds, constants, module.NUM_WARPS)
+    del roles["PARAM"]
+    kinds = {**tables, "norms": "*fp32"}
+    prepare = lines_of_ptx(module.prepare_kernel, kinds, {**roles, **shared}, module.NUM_WARPS)
+    for lines in (update, prepare):
+        for access in ("ld.global", "st.global"):
+            wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
+            assert len(wide) >= 2

@@ -16,7 +16,13 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 def delta_term(
-    buf: Tensor, grad: Tensor, *, rate: float, momentum: float, normalized: bool = False
+    buf: Tensor,
+    grad: Tensor,
+    *,
+    rate: float,
+    momentum: float,
+    normalized: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""What the buffer forgets along the present gradient: :math:`\rho\, b\, (g^\dagger g)`.
 
@@ -35,6 +41,9 @@ def delta_term(
         rate: ``r``, at least 0, in units of 1 / gradient squared; if normalized, without unit.
         momentum: ``alpha``, above 0.
         normalized: count the rate in units of ``alpha / |g|**2``.
+        product_dtype: real dtype in which the two products are taken, of buffer and gradient
+            brought to norm 1 first; everything else is in at least float32, and the result is
+            rounded once. None: all in ``buf``'s dtype.
 
     Returns:
         The term, of ``buf``'s shape and dtype. Products run over the smaller of ``out`` and ``in``.
@@ -42,6 +51,8 @@ def delta_term(
     rows, columns = grad.shape[-2:]
     if rows * columns == 0:
         return torch.zeros_like(buf)
+    if product_dtype is not None:
+        return _term_of_units(buf, grad, rate, momentum, normalized, product_dtype)
     dtype = buf.dtype
     if dtype == torch.float16:  # where products of 1e3 overflow
         buf, grad = buf.float(), grad.float()
@@ -65,6 +76,43 @@ def delta_term(
     return term.to(dtype)
 
 
+def _term_of_units(
+    buf: Tensor, grad: Tensor, rate: float, momentum: float, normalized: bool, dtype: torch.dtype
+) -> Tensor:
+    """:func:`delta_term` with its products in ``dtype``."""
+    rows, columns = grad.shape[-2:]
+    kept = buf.dtype
+    wide = torch.promote_types(torch.promote_types(kept, dtype), torch.float32)
+    dtype = dtype.to_complex() if kept.is_complex else dtype
+    buf_scale, buf = _to_mean_one(buf.to(wide))
+    scale, grad = _to_mean_one(grad.to(wide))
+    # Of numbers with mean magnitude 1, or of none but zeros.
+    length = torch.linalg.vector_norm(buf, dim=(-2, -1), keepdim=True).clamp(min=1)
+    norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True).clamp(min=1)
+    square = norm**2
+    if normalized:
+        factor: float | Tensor = momentum * (rate / (1 + rate))
+    else:
+        factor = momentum * square / (momentum / (scale * rate * scale) + square)
+    # Halfway between norm 1 and mean magnitude 1: neither the elements of large matrices nor sums
+    # over them leave the range of float16.
+    balance = (rows * columns) ** 0.25
+    left, unit = (buf * (balance / length)).to(dtype), (grad * (balance / norm)).to(dtype)
+    if rows <= columns:
+        term: Tensor = ((left @ unit.mH) / balance) @ unit
+    else:
+        term = left @ ((unit.mH @ unit) / balance)
+    term = (term.to(wide) * (factor * length / balance**2)) * buf_scale
+    return term.to(kept)
+
+
+def _to_mean_one(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale of each matrix, of which the term does not depend, and the matrix divided by it."""
+    mean = tensor.detach().abs().mean((-2, -1), keepdim=True)
+    scale = mean.clamp(min=torch.finfo(tensor.dtype).tiny)
+    return scale, tensor / scale
+
+
 def delta_momentum(
     param: Tensor,
     grad: Tensor,
@@ -74,6 +122,7 @@ def delta_momentum(
     momentum: float,
     delta_rate: float,
     normalized: bool = False,
+    product_dtype: torch.dtype | None = None,
     weight_decay: float | Tensor = 0.0,
     decoupled: bool = False,
     maximize: bool = False,
@@ -97,6 +146,7 @@ def delta_momentum(
         momentum: decay rate ``alpha`` of the buffer.
         delta_rate: ``r``; 0 is SGD with momentum.
         normalized: count ``r`` in units of ``alpha / |g|**2``.
+        product_dtype: dtype of the products, as in :func:`delta_term`.
         weight_decay: weight of SGD's L2 penalty, or with ``decoupled`` of a decay like AdamW's.
         decoupled: shrink the parameter instead of adding to the gradient.
         maximize: ascend.
@@ -116,6 +166,7 @@ def delta_momentum(
             rate=delta_rate,
             momentum=momentum,
             normalized=normalized,
+            product_dtype=product_dtype,
         )
         momentum_buffer = momentum_buffer - term.reshape(old.shape)
     return MomentumState(descend(param, momentum_buffer, lr), momentum_buffer)

@@ -160,11 +160,16 @@ def times_second_moment(weight: Tensor, inputs: Tensor, count: float | Tensor | 
     rows, matrix = inputs.to(dtype), weight.to(dtype)
     batch, (outputs, features) = len(rows), weight.shape
     number = _at_least_one(batch if count is None else count)
-    if features * (batch + outputs) < 2 * outputs * batch:
+    if forms_second_moment(batch, outputs, features):
         product = matrix @ (rows.T @ rows).div_(number)
     else:
         product = (matrix @ rows.T).div_(number) @ rows
     return product.to(weight.dtype)
+
+
+def forms_second_moment(batch: int, outputs: int, features: int) -> bool:
+    """Whether ``W S`` takes fewer operations with ``S`` formed than as ``(W X) X^T``."""
+    return features * (batch + outputs) < 2 * outputs * batch
 
 
 def _penalised(param: Tensor, grad: Tensor, weight_decay: Any, maximize: bool) -> Tensor:

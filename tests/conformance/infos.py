@@ -209,6 +209,7 @@ def delta_inputs(device: Any, dtype: torch.dtype | None = None) -> list[Optimize
     own = [
         options("normalized", normalized=True, momentum=0.95),
         options("plain momentum", delta_rate=0.0, weight_decay=0.1),
+        options("float32 products", product_dtype=torch.float32, state_dtype=torch.float64),
     ]
     return [*momentum_inputs(device), *window_inputs(device), *own]
 
@@ -342,6 +343,15 @@ def delta_error_inputs(device: Any, dtype: torch.dtype) -> list[ErrorOptimizerIn
     return [
         *momentum_error_inputs(device, dtype),
         bad("negative rate", ValueError, "Invalid delta_rate value: -1.0", delta_rate=-1.0),
+        bad(
+            "float8 products",
+            ValueError,
+            "Invalid product_dtype: torch.float8_e4m3fn. Choose one",
+            product_dtype=torch.float8_e4m3fn,
+        ),
+        bad(
+            "integer products", ValueError, "Invalid product_dtype: 'int32'", product_dtype="int32"
+        ),
         bad("nan rate", ValueError, "Invalid delta_rate value: nan", delta_rate=float("nan")),
     ]
 

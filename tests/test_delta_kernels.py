@@ -1,0 +1,325 @@
+"""Delta Momentum's kernels, interpreted on the CPU: the rule, whatever they are given."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from nested_optim import DeltaMomentum, delta_steps, kernels, rules
+
+from .helpers import clone_params, make_params, random_grads, set_grads, step_with, train
+
+triton = pytest.importorskip("triton")
+
+MODULE = "nested_optim.kernels.delta"
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# Two of a shape, whole chunks, one element too many, more rows than columns, vectors, a number.
+SHAPES = (8, 128), (6, 5), (2, 513), (6, 5), (300, 2), (3, 2, 4), (1025,), (7,), (7,), ()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel():
+    """The kernels' module, interpreted; afterwards as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        module = importlib.reload(importlib.import_module(MODULE))
+        assert kernels.available(torch.device("cpu"))
+        yield module
+    importlib.reload(module)
+
+
+@pytest.fixture
+def launched(kernel, monkeypatch):
+    """How many tensors each launch of the update had."""
+    sizes = []
+    update = kernel.DeltaTable.update
+
+    def counted(self, *args, **kwargs):
+        sizes.append(len(self.entries))
+        update(self, *args, **kwargs)
+
+    monkeypatch.setattr(kernel.DeltaTable, "update", counted)
+    return sizes
+
+
+@pytest.fixture
+def made(kernel, monkeypatch):
+    """How many tensors each table had."""
+    sizes = []
+    init = kernel.DeltaTable.__init__
+
+    def counted(self, entries, *args):
+        sizes.append(len(entries))
+        init(self, entries, *args)
+
+    monkeypatch.setattr(kernel.DeltaTable, "__init__", counted)
+    return sizes
+
+
+def expected(params, bufs, grads, **options):
+    """The rule in float64, products and all."""
+    options = {"lr": 0.1, "momentum": 0.9, "delta_rate": 0.7, **options}
+    news = [
+        rules.delta_momentum(p.detach().double(), g.double(), b.double(), **options)
+        for p, g, b in zip(params, grads, bufs)
+    ]
+    return [new.param for new in news], [new.momentum_buffer for new in news]
+
+
+def assert_near(got, want, rounding, like):
+    """Up to ``rounding`` of the largest element of ``like``, which is what has been rounded."""
+    for a, b, reference in zip(got, want, like, strict=True):
+        bound = rounding * max(float(reference.abs().max()), 1.0) if b.numel() else 0.0
+        torch.testing.assert_close(a.detach().double(), b, rtol=0, atol=bound)
+
+
+def second_step(dtype, options, shapes=SHAPES, grad_scale=1.0):
+    """Parameters and buffers before a second step, and what the rule makes of them."""
+    params = make_params(*shapes, dtype=dtype)
+    optimizer = DeltaMomentum(params, lr=0.1, delta_rate=0.7, **options)
+    train(optimizer, params, [0])
+    bufs = [optimizer.state[p]["momentum_buffer"].clone() for p in params]
+    grads = [grad_scale * g for g in random_grads(params, 1)]
+    keys = ("normalized", "weight_decay", "decoupled", "maximize")
+    want = expected(params, bufs, grads, **{k: options[k] for k in keys if k in options})
+    step_with(optimizer, params, grads)
+    found = [optimizer.state[p]["momentum_buffer"] for p in params]
+    return params, found, *want
+
+
+@pytest.mark.parametrize("product", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, state", [(F32, None), (BF16, None), (F16, None), (BF16, F32), (F32, BF16)]
+)
+def test_the_kernels_are_the_rule(dtype, state, product, launched):
+    options = {"product_dtype": product, "state_dtype": state}
+    params, bufs, new_params, new_bufs = second_step(dtype, options)
+    assert launched == [len(SHAPES)] * 2
+    term = F32 if product == "float32" or (product is None and (state or dtype) == F32) else BF16
+    rounding = {F32: 2e-6, F16: 2e-3, BF16: 2e-2}
+    assert_near(bufs, new_bufs, max(rounding[term], rounding[state or dtype]), new_bufs)
+    assert_near(params, new_params, max(0.1 * rounding[term], rounding[dtype]), new_params)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalized": True},
+        {"weight_decay": 0.3},
+        {"weight_decay": 0.3, "maximize": True},
+        {"weight_decay": 0.3, "decoupled": True},
+        {"weight_decay": 0.3, "decoupled": True, "maximize": True, "normalized": True},
+    ],
+    ids=str,
+)
+def test_options_are_the_rule_s(options, launched):
+    params, bufs, new_params, new_bufs = second_step(F32, options)
+    assert launched == [len(SHAPES)] * 2
+    assert_near(bufs, new_bufs, 2e-6, new_bufs)
+    assert_near(params, new_params, 1e-6, new_params)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("product", [None, "bfloat16"])
+def test_gradients_of_every_scale_stay_in_range(scale, normalized, product):
+    """Squares of these leave float32; what the rule makes of them in float64 does not."""
+    options = {"normalized": normalized, "product_dtype": product}
+    _, bufs, _, new_bufs = second_step(F32, options, grad_scale=scale)
+    assert_near(bufs, new_bufs, 1e-2 if product else 1e-5, new_bufs)
+
+
+def test_a_gradient_of_zeros_decays_the_buffer_and_one_of_nan_does_not_pass_unseen(launched):
+    params = make_params((4, 3), (5,))
+    optimizer = DeltaMomentum(params, momentum=0.5, normalized=True)
+    step_with(optimizer, params, [torch.ones_like(p) for p in params])
+    step_with(optimizer, params, [torch.zeros_like(p) for p in params])
+    for p in params:
+        buf = optimizer.state[p]["momentum_buffer"]
+        assert torch.equal(buf, torch.full_like(buf, 0.5))
+    step_with(optimizer, params, [torch.full_like(p, float("nan")) for p in params])
+    assert all(bool(p.isnan().all()) for p in params) and len(launched) == 3
+
+
+def test_every_layout_is_served_right_or_left_to_torch(launched):
+    torch.manual_seed(0)
+    params = [
+        Parameter(torch.randn(5, 3, 4, 4).to(memory_format=torch.channels_last)),  # served
+        Parameter(torch.randn(40, 30)),  # served, though nothing of it is aligned
+        Parameter(torch.randn(6, 5).t()),  # columns first: not
+        Parameter(torch.randn(0, 4)),  # nothing to do
+        Parameter(torch.randn(8, 8)),  # its gradient lies otherwise: not
+        Parameter(torch.randn(3, 4, dtype=torch.complex64)),
+        Parameter(torch.randn(3, 4, dtype=F64)),
+    ]
+    params[1].data = torch.randn(1201)[1:].view(40, 30)
+    grads = [torch.randn_like(p) for p in params]
+    grads[1] = torch.randn(1201)[1:].view(40, 30)
+    grads[4] = torch.randn(8, 8).t()
+    twins = [Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+    for ps, foreach in ((params, None), (twins, False)):
+        optimizer = DeltaMomentum(ps, lr=0.1, foreach=foreach)
+        for k in range(3):
+            step_with(optimizer, ps, [(1 + k) * g for g in grads])
+    assert launched == [2] * 3
+    for p, twin in zip(params, twins):
+        torch.testing.assert_close(p, twin, rtol=1e-5, atol=1e-6)
+        assert p.stride() == twin.stride()
+
+
+def test_large_steps_are_taken_in_parts(launched, monkeypatch):
+    shapes = ((16, 8),) * 5 + ((40, 40), (7,), (8, 16))
+    results = []
+    for size in (2**27, 4 * 300):
+        monkeypatch.setattr(delta_steps, "_PART_BYTES", size)
+        params = make_params(*shapes)
+        train(DeltaMomentum(params, lr=0.1), params, range(3))
+        results.append([p.detach() for p in params])
+    # Parts of 300 elements at most, but for a tensor that is larger.
+    assert launched == [8] * 3 + [2, 2, 1, 1, 2] * 3
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(0.1), torch.tensor([0.1], dtype=F64)])
+def test_a_tensor_learning_rate_is_the_number(lr, launched):
+    params, twins = make_params(*SHAPES), make_params(*SHAPES)
+    options = {"weight_decay": 0.2, "decoupled": True}
+    train(DeltaMomentum(params, lr=lr, **options), params, range(3))
+    train(DeltaMomentum(twins, lr=0.1, **options), twins, range(3))
+    assert len(launched) == 6
+    torch.testing.assert_close(list(params), list(twins), rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernel_reads_a_learning_rate_where_it_lies(kernel):
+    params = [torch.randn(2000), torch.randn(3, 5)]
+    bufs, grads = ([torch.randn_like(p) for p in params] for _ in range(2))
+    entries = [
+        kernel.Entry(params[0], bufs[0], 0, 2048, 2048),
+        kernel.Entry(params[1], bufs[1], 4096, None, 4112),
+    ]
+    table = kernel.DeltaTable(entries, F32)
+    space, norms = torch.full((4200,), torch.nan), torch.tensor([2.0, 4.0])
+    table.prepare(grads, norms, space)
+    torch.testing.assert_close(space[:2000], grads[0] / 2)
+    torch.testing.assert_close(space[2048:4048], bufs[0])
+    torch.testing.assert_close(space[4096:4111], grads[1].flatten() / 4)
+    assert space[4111:].isnan().all()
+    space[4112:4127] = 1.0
+    terms = [space[2048:4048].clone(), torch.ones(3, 5)]
+    new_bufs = [0.5 * b - g - f * t for b, g, f, t in zip(bufs, grads, (0.25, 0.75), terms)]
+    new_params = [p * (1 - 0.1 * 0.3) - 0.1 * b for p, b in zip(params, new_bufs)]
+    table.update(
+        torch.tensor([0.25, 0.75]), space, lr=torch.tensor(0.1), weight_decay=0.3,
+        momentum=0.5, sign=-1.0,
+    )  # fmt: skip
+    torch.testing.assert_close(bufs, new_bufs)
+    torch.testing.assert_close(params, new_params)
+
+
+@pytest.mark.parametrize(
+    "options", [{"frequency": 3}, {"frequency": 2, "capturable": True}, {"capturable": True}]
+)
+@pytest.mark.parametrize("state_dtype", [None, F32])
+def test_windows_close_as_on_torch_s_operations(options, state_dtype, launched):
+    dtype = F16 if state_dtype else F32  # Triton's interpreter rounds bfloat16 towards zero
+    params, twins = make_params(*SHAPES, dtype=dtype), make_params(*SHAPES, dtype=dtype)
+    options = {"lr": 0.1, "state_dtype": state_dtype, **options}
+    optimizers = DeltaMomentum(params, **options), DeltaMomentum(twins, foreach=True, **options)
+    for seed in range(7):
+        for ps, optimizer in zip((params, twins), optimizers):
+            grads = random_grads(ps, seed)
+            if seed == 3:
+                grads[1] = None  # its window closes at another step from now on
+            step_with(optimizer, ps, grads)
+    assert launched
+    for p, twin in zip(params, twins):
+        tolerance = 1e-2 if state_dtype else 1e-5
+        torch.testing.assert_close(p, twin, rtol=tolerance, atol=tolerance)
+        for key in ("step", "window_count"):
+            assert optimizers[0].state[p][key] == optimizers[1].state[twin][key]
+    assert optimizers[0].flush() == optimizers[1].flush()
+
+
+def test_tables_are_made_once_and_follow_what_moves(made, launched):
+    params, twins = make_params((6, 5), (9,)), make_params((6, 5), (9,))
+    optimizer, plain = DeltaMomentum(params, lr=0.1), DeltaMomentum(twins, lr=0.1, foreach=True)
+    for seed in range(4):
+        train(optimizer, params, [seed])  # gradients are new tensors each time
+        train(plain, twins, [seed])
+    assert len(made) == 1 and len(launched) == 4
+    params[0].data = params[0].data.clone()
+    state = optimizer.state[params[1]]
+    state["momentum_buffer"] = state["momentum_buffer"].clone()
+    train(optimizer, params, [4])
+    train(plain, twins, [4])
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, [5])
+    train(plain, twins, [5])
+    assert len(made) == 3
+    torch.testing.assert_close(list(params), list(twins), rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_made_shorter_in_place_is_seen(made):
+    params = make_params((8, 4))
+    optimizer = DeltaMomentum(params, lr=0.1)
+    train(optimizer, params, [0])
+    tail = params[0].detach()[4:].clone()
+    params[0].data = params[0].data[:4]  # the same address
+    state = optimizer.state[params[0]]
+    state["momentum_buffer"] = state["momentum_buffer"][:4]
+    params[0].grad = torch.ones(4, 4)
+    optimizer.step()
+    assert made == [1, 1]
+    assert torch.equal(params[0].untyped_storage().size() and tail, tail)
+
+
+def test_plans_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(delta_steps, "_MAX_PLANS", 3)
+    params = make_params(*[(3,)] * 6)
+    optimizer = DeltaMomentum(params, lr=0.1)
+    for k in range(6):
+        set_grads(params, [g if i <= k else None for i, g in enumerate(random_grads(params, k))])
+        optimizer.step()
+    assert len(optimizer._kernel_steps._plans) <= 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"foreach": True}, {"foreach": False}, {"differentiable": True}, {"delta_rate": 0.0},
+     {"momentum": 0.0}, {"product_dtype": "float64"}, {"product_dtype": "float16"}],
+    ids=str,
+)  # fmt: skip
+def test_what_the_kernels_do_not_know_takes_the_other_paths(options, launched):
+    params, twins = make_params(*SHAPES), make_params(*SHAPES)
+    options = {"lr": 0.1, **options}
+    if "differentiable" in options:
+        for p in (*params, *twins):
+            p.requires_grad_(False)
+    train(DeltaMomentum(params, **options), params, range(3))
+    assert not launched
+    train(DeltaMomentum(twins, **{"foreach": False, **options}), twins, range(3))
+    torch.testing.assert_close(list(params), list(twins), rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_the_optimizer_has_tables_of_its_own(launched):
+    params = make_params((6, 5))
+    optimizer = DeltaMomentum(params, lr=0.1)
+    train(optimizer, params, [0])
+    twin = copy.deepcopy(optimizer)
+    theirs = twin.param_groups[0]["params"]
+    before = params[0].detach().clone()
+    train(twin, theirs, [1])
+    assert torch.equal(params[0], before) and len(launched) == 2
+    train(optimizer, params, [1])
+    torch.testing.assert_close(params[0], theirs[0])
+
+
+def test_clones_train_alike():
+    params = make_params(*SHAPES)
+    twins = clone_params(params)
+    for ps in (params, twins):
+        train(DeltaMomentum(ps, lr=0.1, product_dtype=BF16), ps, range(4))
+    assert all(torch.equal(p, q) for p, q in zip(params, twins))
