@@ -18,18 +18,18 @@ COUNT = "memory_count"
 
 
 class Preset(NamedTuple):
-    """Settings under a name, with the level to read out that they were found with."""
+    """Settings under a name, with what to read out: a level, or ``"mean"`` of all."""
 
     frequencies: tuple[int, ...]
     write: tuple[float, ...]
     pull: tuple[float, ...]
-    read: int
+    read: int | str
 
 
 #: Settings for streams of tasks: without replay, and with replay.
 PRESETS = {
-    "continual": Preset((10, 50), (0.5, 0.5), (0.5, 0.5), 0),
-    "replay": Preset((1, 10), (0.01, 0.1), (0.0, 0.0), 1),
+    "continual": Preset((5, 50), (0.2, 0.2), (0.6, 0.2), "mean"),
+    "replay": Preset((1, 10), (0.02, 0.1), (0.06, 0.02), 2),
 }
 
 

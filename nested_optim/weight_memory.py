@@ -72,8 +72,8 @@ class WeightMemory:
         buffers_from: the module whose floating-point buffers (BatchNorm's statistics) are averaged
             too: they are written, but never pulled, with the frequencies and rates given here.
             :meth:`read_out` then swaps them together with the weights.
-        preset: ``"continual"`` or ``"replay"``: settings for what is not given above, and the level
-            that :meth:`read_out` reads by default.
+        preset: ``"continual"`` (for streams without replay) or ``"replay"``: settings for what is
+            not given above, and what :meth:`read_out` reads by default.
         capturable: count steps on the accelerator from the start, for CUDA graphs. Default: if a
             group of the optimizer is ``capturable``.
 

@@ -326,15 +326,20 @@ def test_a_preset_is_read_out_as_it_says_itself(key, digits):
     model = models.build("mlp", 10, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     memory = WeightMemory(optimizer, preset=key)
-    for _ in range(3):
+    for _ in range(60):  # past an exchange of the slowest level
         model(digits.train[0][:10]).square().mean().backward()
         optimizer.step()
     with memory.read_out():
         read = [p.detach().clone() for p in model.parameters()]
     learner = methods.get(key).build(model, "mlp", 1e-3)
     name = learner.aliases[methods.PRESET_READ_OUT]
-    level = 0 if name == methods.LIVE else int(name.removeprefix("level "))
-    assert all(map(torch.equal, read, memory.weights(level)))
+    levels = {methods.LIVE: 0, "mean": "mean", "level 1": 1, "level 2": 2}
+    with memory.read_out(levels[name]):
+        assert all(map(torch.equal, read, model.parameters()))
+    others = [other for other in levels.values() if other != levels[name]]
+    for other in others:
+        with memory.read_out(other):
+            assert not all(map(torch.equal, read, model.parameters()))
     result = training.run(make_job(key, purpose="select"), digits, CPU)
     assert result["read_outs"][methods.PRESET_READ_OUT] == result["read_outs"][name]
 

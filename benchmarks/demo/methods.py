@@ -57,7 +57,7 @@ def nested_levels(model: nn.Sequential, lr: float) -> torch.optim.Optimizer:
 
 
 def adamw_memory(model: nn.Sequential, lr: float) -> torch.optim.Optimizer:
-    """Divided learning rates and slow copies that exchange with the weights; read out live."""
+    """Divided learning rates and slow copies that exchange with the weights, read as a mean."""
     optimizer = adamw_divided_lr(model, lr)
     WeightMemory(optimizer, preset="continual")
     return optimizer

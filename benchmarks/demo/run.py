@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nested_optim.weight_memory import memory_of
+
 from . import methods, stream
 from .training import train
 
@@ -94,18 +96,24 @@ def train_on_stream(
 ) -> Run:
     data = stream.make_stream(job.seed)
     model = stream.build_model(job.seed)
+    optimizer = make(model, job.lr)
+    memory = memory_of(optimizer)
     run = Run(job)
+
+    def accuracies(tasks: tuple[stream.Samples, ...]) -> tuple[Accuracies, Accuracies]:
+        with memory.read_out() if memory is not None else contextlib.nullcontext():
+            return stream.accuracies(model, tasks)
 
     def evaluate(step: int) -> None:
         task_over = step % settings.steps_per_task == 0
         if not task_over and step % settings.evaluate_every:
             return
-        on_test = stream.accuracies(model, data.test)
+        on_test = accuracies(data.test)
         run.steps.append(step)
         for reading, values in zip(READINGS, on_test, strict=True):
             run.curves[reading].append(values)
         if step and task_over:
-            on_validation = stream.accuracies(model, data.validation)
+            on_validation = accuracies(data.validation)
             for i, reading in enumerate(READINGS):
                 run.test[reading].append(on_test[i])
                 run.validation[reading].append(on_validation[i])
@@ -113,7 +121,7 @@ def train_on_stream(
     evaluate(0)
     run.losses = train(
         model,
-        make(model, job.lr),
+        optimizer,
         stream.batches(data, job.seed, settings.steps_per_task, settings.batch_size),
         accumulate=accumulate,
         after_step=evaluate,

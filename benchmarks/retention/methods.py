@@ -5,6 +5,8 @@ All get the same weights, batches and loop, weight decay 0, and as many learning
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -198,10 +200,9 @@ def _memory(base: str, preset: str | None, **options: Any) -> Build:
         aliases = {}
         if preset is not None:
             chosen = _resolved(preset, options)[-1]
-            if chosen is None:
-                read_outs[PRESET_READ_OUT] = memory.read_out
-            else:
-                aliases[PRESET_READ_OUT] = f"level {chosen}" if chosen else LIVE
+            aliases[PRESET_READ_OUT] = (
+                chosen if chosen == "mean" else f"level {chosen}" if chosen else LIVE
+            )
         return Learner(optimizer, read_outs, aliases=aliases)
 
     return build
@@ -211,23 +212,34 @@ def _resolved(preset: str | None, options: dict[str, Any]) -> tuple[Any, ...]:
     """What the settings come to, so that results of a preset that has changed are not reused.
 
     Returns:
-        frequencies, write, pull, and the level that is read out where nothing is said; None for a
-        mixture of levels.
+        frequencies, write, pull, and what is read out where nothing is said: a level or ``"mean"``;
+        None without a preset.
+
+    Raises:
+        ValueError: another mixture of levels is read out.
     """
     weight = nn.Parameter(torch.zeros(1))
     optimizer = SGD([weight], lr=0.1)
     memory = WeightMemory(optimizer, preset=preset, **options)
     group = optimizer.param_groups[0]
     found = [tuple(group[f"memory_{key}"]) for key in ("frequencies", "write", "pull")]
-    # Which level is read out shows only in what is read: make each level's weight its number.
+    # Which level is read out shows only in what is read: give each level's weight a value that no
+    # mixture of the others has.
     weight.grad = torch.ones(1)
     optimizer.step()
+    values = [float(100**level) for level in range(len(found[0]) + 1)]
     with torch.no_grad():
-        for level in range(len(found[0]) + 1):
-            memory.weights(level)[0].fill_(level)
+        for level, value in enumerate(values):
+            memory.weights(level)[0].fill_(value)
     with memory.read_out():
         read = float(weight.detach())
-    return (*found, int(read) if read.is_integer() and preset is not None else None)
+    if preset is None:
+        return (*found, None)
+    if read in values:
+        return (*found, values.index(read))
+    if math.isclose(read, statistics.fmean(values), rel_tol=1e-6):
+        return (*found, "mean")
+    raise ValueError(f"the preset {preset!r} reads out a mixture that this suite does not measure")
 
 
 def _memory_method(
