@@ -56,10 +56,11 @@ def load_data(task: str, text: Path | None, images: Path | None) -> datasets.Tex
 @click.option("--task", type=click.Choice(list(SIZES)), default="lm", show_default=True)
 @click.option(
     "--size",
-    type=click.Choice(["full", "tiny", "test"]),
+    type=click.Choice(["full", "small", "tiny", "test"]),
     default="full",
     show_default=True,
-    help="full wants a GPU (12M parameters for lm), tiny is for a CPU, test is for looking.",
+    help="full wants a GPU (11M parameters for lm), small trains the same models on a smaller "
+    "budget, tiny is for a CPU, test is for looking.",
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Default: Python's own source.")
 @click.option("--data", "images", type=click.Path(path_type=Path), help="CIFAR-100: .npz or .tar.")

@@ -41,20 +41,24 @@ class Size:
     evaluation_batches: int = 16
 
 
-#: By task, then by size. ``full`` wants a GPU; ``tiny`` is for a CPU.
+#: By task, then by size. ``full`` and ``small``, the same models on a smaller budget, want a GPU;
+#: ``tiny`` is for a CPU.
 SIZES = {
     "lm": {
         "full": Size(width=384, layers=6, heads=6, batch=64, steps=2000, length=256),
+        "small": Size(384, 6, 6, 16, 1000, length=256),
         "tiny": Size(96, 3, 3, 12, 400, length=96, evaluation_batches=8),
         "test": Size(16, 1, 2, 4, 8, length=16, evaluation_batches=1),
     },
     "vit": {
         "full": Size(width=192, layers=6, heads=3, batch=128, steps=3000),
+        "small": Size(192, 6, 3, 128, 1000),
         "tiny": Size(48, 2, 2, 32, 300, evaluation_batches=8),
         "test": Size(16, 1, 2, 4, 8, evaluation_batches=1),
     },
     "resnet": {
         "full": Size(width=32, layers=3, heads=0, batch=128, steps=3000),
+        "small": Size(32, 3, 0, 128, 1000),
         "tiny": Size(8, 1, 0, 32, 300, evaluation_batches=8),
         "test": Size(4, 1, 0, 4, 8, evaluation_batches=1),
     },

@@ -173,6 +173,8 @@ def test_a_captured_step_is_the_step(frequency, product, launched):
     for _ in range(3):
         step_with(plain, twins, static)
     before = len(launched)
+    for p, grad in zip(params, static):
+        p.grad = grad
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.step()

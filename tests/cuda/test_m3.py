@@ -130,8 +130,10 @@ def test_a_captured_step_stays_right_through_chunks(options):
     for _ in range(8):
         train(graph.replay)
         for p, q, start in zip(params, twins, parameters()):
-            # Their products are batched in other ways, and so rounded in others.
-            assert (p - q).norm() <= 1e-2 * (q - start).norm()
+            # Their products are batched in other ways, and so rounded in others, which division by
+            # a second moment of few gradients magnifies.
+            bound = 3e-2 if "second_moment" in options else 1e-2
+            assert (p - q).norm() <= bound * (q - start).norm()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
