@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,15 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 #: Choices of rows that a capture keeps for other layers: more than any step has kinds of.
 _MAX_CHOICES = 64
+
+#: Where nobody asked for keys.
+_NO_KEYS = torch.empty(0, dtype=torch.int64)
+
+# What hooks ask torch at every layer, where each microsecond counts; None where a release lacks it.
+_current_task: Callable[[], int] = torch._C._current_graph_task_id
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class Owner(Protocol):
@@ -97,6 +106,7 @@ class Capture:
         #: All parameters of the model.
         self.members: set[Tensor] = set()
         self._owner = weakref.ref(owner)
+        self._self = weakref.ref(self)
         self._pools: dict[Tensor, _Pool] = {}
         self._choices: dict[Any, tuple[Tensor, Tensor]] = {}
         self._modules: dict[nn.Module, Layout] = {}
@@ -170,18 +180,21 @@ class Capture:
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """What the forward hook of a layer does."""
-        if not (torch.is_grad_enabled() and module.training and module in self._modules):
+        layout = self._modules.get(module)
+        weight = module._parameters.get("weight")
+        if layout is None or weight is None or weight not in self.layouts:
             return
-        weight: Any = module.weight
         owner = self._owner()
-        if owner is None or weight not in self.layouts or not weight.requires_grad:
-            return
-        if not owner._wants_inputs(weight):
+        if owner is None or not weight.requires_grad or not owner._wants_inputs(weight):
             return
         x = args[0] if args else next(iter(kwargs.values()), None)
-        use = _Use.of(module, self._modules[module], x, output)
-        if use is None or not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return
+        node = output.grad_fn
+        features = weight.shape[0 if layout.transposed else -1]
+        conv = weight.dim() > 2
+        if node is None or not (conv or (x.dim() and x.shape[-1] == features)):
+            return  # not the layer's product of its weight with x
         if self.process_group is None:
             around = getattr(DistributedDataParallel, "_active_ddp_module", None)
             self.process_group = around.process_group if around is not None else None
@@ -191,32 +204,56 @@ class Capture:
             pool = self._pools[weight] = _Pool()
             commit = _Commit(weakref.ref(pool))
             self._handles.append(weight.register_post_accumulate_grad_hook(commit))
-        # Not its node alone: some releases of torch free what a node saved with its output.
-        saved = _Saved.apply(self._anchor, x.detach())
-        output.grad_fn.register_prehook(_Arrival(weakref.ref(self), weight, use, saved))
+        # Not x itself: after x += layer(x) its graph holds this node, a cycle that nothing frees.
+        held = x.detach()
+        packed = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None
+        if packed:
+            # Checkpointing and offloading are to see it. A node of its own, since some releases of
+            # torch free what the layer's node saved with its output.
+            held = _Saved.apply(self._anchor, held)
+        use = _Use(self._self, weight, held, packed, _multiplied_dtype(x))
+        if conv:
+            use.conv, use.places = module, tuple(output.shape[2 - weight.dim() :])
+        node.register_prehook(use)
 
-    def _stage(self, weight: Tensor, use: _Use, x: Tensor) -> None:
-        owner, pool = self._owner(), self._pools.get(weight)
-        if owner is None or pool is None or not owner._wants_inputs(weight):
+    def _stage(self, use: _Use, x: Tensor) -> None:
+        """Take the rows of a use whose backward pass has begun."""
+        weight = use.weight
+        pool, owner = self._pools.get(weight), self._owner()
+        if pool is None or owner is None:
             return
-        if weight.grad is None:
+        if pool.arrived and weight.grad is None:
             pool.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
         if pool.seed is None:
             pool.capacity, numbers = owner._sample_plan(weight)
             group = self.process_group
             rank = 0 if group is None else dist.get_rank(group)
             pool.seed = stream_seed(*numbers, rank)
-        pool.stage(use, x, self._chosen)
+        task, start = _current_task(), pool.total
+        if pool.staged:
+            pool.staged = [part for part in pool.staged if part.task == task]
+            start += sum(part.count for part in pool.staged)
+        count = use.count(x)
+        keys = index = None
+        if count > pool.capacity:
+            stream = _stream(x.device) if x.is_cuda else None
+            index, keys = self._chosen(pool.seed, start, count, pool.capacity, x.device, stream)
+        pool.staged.append(_Part(task, start, count, use.rows(x, count, index), keys))
 
     def _chosen(
-        self, seed: int, start: int, count: int, size: int, device: torch.device
+        self,
+        seed: int,
+        start: int,
+        count: int,
+        size: int,
+        device: torch.device,
+        stream: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Which ``size`` of ``count`` rows to keep, and their keys.
 
         Layers of one seed that see as many inputs keep the same places, so most layers of a step
         share one choice. On a device it belongs to the stream that made it.
         """
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         name = (seed, start, count, size, device, stream)
         found = self._choices.get(name)
         if found is None:
@@ -229,53 +266,54 @@ class Capture:
         return found
 
 
+# Hooks run at every layer of every pass. What ``torch._disable_dynamo`` wraps costs several
+# microseconds more to call, so it is called only where there is something to keep from tracing.
+
+
+@torch._disable_dynamo
+def _untraced(call: Callable[..., None], *args: Any) -> None:
+    call(*args)
+
+
 class _ForwardHook:
     """Tells its capture of a forward pass, if that still lives. A copy tells nobody."""
 
     def __init__(self, capture: Capture | None = None) -> None:
         self._capture = None if capture is None else weakref.ref(capture)
 
-    @torch._disable_dynamo
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            _untraced(self._tell, module, args, kwargs, output)
+        elif module.training and torch.is_grad_enabled():
+            self._tell(module, args, kwargs, output)
+
+    def _tell(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         capture = None if self._capture is None else self._capture()
-        if capture is not None:
+        if capture is not None and module.training and torch.is_grad_enabled():
             capture._see(module, args, kwargs, output)
 
     def __reduce__(self) -> Any:  # copy.deepcopy asks here too
         return _ForwardHook, ()
 
 
-@dataclass(eq=False)
-class _Arrival:
-    """Called when the backward pass reaches a layer."""
-
-    capture: Callable[[], Capture | None]
-    weight: Tensor
-    use: _Use
-    saved: Any  # output of the node that keeps the layer's input
-
-    @torch._disable_dynamo
-    def __call__(self, _: Any) -> None:
-        capture = self.capture()
-        if capture is not None and self.saved is not None:
-            with torch.no_grad():
-                capture._stage(self.weight, self.use, self.saved.grad_fn.saved_tensors[0])
-        if not _graph_is_kept():
-            self.saved = None
-
-
-@dataclass(eq=False)
 class _Commit:
     """Called when a gradient has been added to a weight's ``grad``."""
 
-    pool: Callable[[], _Pool | None]
+    __slots__ = ("pool",)
 
-    @torch._disable_dynamo
+    def __init__(self, pool: Callable[[], _Pool | None]) -> None:
+        self.pool = pool
+
     def __call__(self, weight: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            _untraced(self._commit)
+        else:
+            self._commit()
+
+    def _commit(self) -> None:
         pool = self.pool()
-        if pool is not None:
-            with torch.no_grad():
-                pool.commit()
+        if pool is not None and pool.staged:
+            pool.commit()
 
 
 class _Saved(torch.autograd.Function):
@@ -287,45 +325,74 @@ class _Saved(torch.autograd.Function):
         return anchor.new_empty(())
 
 
-@dataclass
 class _Use:
-    """One call of a layer: how its input becomes rows ``x`` of ``y = W x``."""
+    """One call of a layer ``y = W x``. Called when the backward pass reaches it."""
 
-    module: nn.Module
-    count: int
-    places: tuple[int, ...]  # of a convolution's output
-    dtype: torch.dtype
+    __slots__ = ("capture", "conv", "dtype", "packed", "places", "version", "weight", "x")
 
-    @staticmethod
-    def of(module: nn.Module, layout: Layout, x: Any, output: Any) -> _Use | None:
-        """None where this is not the layer's product of its weight with ``x``."""
-        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.grad_fn is None:
-            return None
-        weight: Any = module.weight
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        if isinstance(module, _CONVOLUTIONS):
-            dims = weight.dim() - 2
-            places = tuple(output.shape[-dims:])
-            batch = x.shape[0] if x.dim() == dims + 2 else 1
-            return _Use(module, batch * math.prod(places), places, dtype)
-        if x.dim() == 0 or x.shape[-1] != layout.features(weight):
-            return None
-        return _Use(module, math.prod(x.shape[:-1]), (), dtype)
+    def __init__(
+        self,
+        capture: Callable[[], Capture | None],
+        weight: Tensor,
+        x: Any,
+        packed: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.capture, self.weight = capture, weight
+        self.x = x  # the input, or the output of the node that saved it
+        self.packed, self.dtype = packed, dtype
+        self.version = None if packed or x.is_inference() else x._version
+        self.conv: Any = None  # a convolution, and
+        self.places: tuple[int, ...] = ()  # those of its output
 
-    def rows(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """The rows at ``index``, or all: a copy, as the layer multiplied them."""
-        if isinstance(self.module, _CONVOLUTIONS):
-            return self._patches(x, index).to(self.dtype)
-        rows = x.reshape(self.count, x.shape[-1])
-        if index is not None:
-            return rows[index].to(self.dtype)
-        return rows.to(self.dtype, copy=True)
+    def __call__(self, _: Any) -> None:
+        if torch.compiler.is_compiling():
+            _untraced(self._arrive)
+        else:
+            self._arrive()
 
-    def _patches(self, x: Tensor, index: Tensor | None) -> Tensor:
+    def _arrive(self) -> None:
+        capture, x = self.capture(), self.x
+        if _graph_is_kept is not None and not _graph_is_kept():
+            self.x = None
+        if capture is None or x is None:
+            return
+        if self.packed:
+            x = x.grad_fn.saved_tensors[0]
+        elif self.version is not None and x._version != self.version:
+            raise RuntimeError(
+                f"the input of a layer, of shape {tuple(x.shape)}, has been modified by an inplace "
+                "operation since the layer's forward pass: DGD needs it as it was. Clone it "
+                "before, or give that layer's weight decay=0"
+            )
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                capture._stage(self, x)
+        else:
+            capture._stage(self, x)
+
+    def count(self, x: Tensor) -> int:
+        """How many rows this input has."""
+        if self.conv is not None:
+            batch = x.shape[0] if x.dim() == len(self.places) + 2 else 1
+            return batch * math.prod(self.places)
+        features = x.shape[-1]
+        return x.numel() // features if features else math.prod(x.shape[:-1])
+
+    def rows(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
+        """The rows at ``index``, or all ``count``: a copy, as the layer multiplied them."""
+        if self.conv is not None:
+            return self._patches(x, count, index).to(self.dtype)
+        if x.dim() != 2:
+            x = x.reshape(count, x.shape[-1])
+        if index is None:
+            return x.to(self.dtype, copy=True)
+        rows = x.index_select(0, index)
+        return rows if rows.dtype is self.dtype else rows.to(self.dtype)
+
+    def _patches(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
         """What the kernel covered at these places of the output, each flattened to a row."""
-        conv: Any = self.module
+        conv = self.conv
         dims = len(self.places)
         if x.dim() == dims + 1:
             x = x.unsqueeze(0)
@@ -333,7 +400,7 @@ class _Use:
         if any(conv._reversed_padding_repeated_twice):
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
         if index is None:
-            index = torch.arange(self.count, device=x.device)
+            index = torch.arange(count, device=x.device)
         image = index // math.prod(self.places)
         where: list[Any] = [image.view(-1, *[1] * dims), slice(None)]
         rest = index % math.prod(self.places)
@@ -347,7 +414,7 @@ class _Use:
         return patches.movedim(-1, 1).flatten(1)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Part:
     """Rows of one use; without keys they are all of its rows, from ``start`` on."""
 
@@ -363,54 +430,46 @@ class _Part:
         return self.keys
 
 
-@dataclass(eq=False)
 class _Pool:
     """The inputs of one weight."""
 
-    capacity: int = 0
-    seed: int | None = None
-    total: int = 0  # committed
-    arrived: bool = False
-    parts: list[_Part] = field(default_factory=list)
-    staged: list[_Part] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.capacity = 0
+        self.seed: int | None = None
+        self.total = 0  # committed
+        self.kept = 0  # rows of them
+        self.arrived = False
+        self.parts: list[_Part] = []
+        self.staged: list[_Part] = []
 
     def clear(self, staged: bool = True) -> None:
         """Forget what was committed; and what was staged."""
-        self.total, self.arrived, self.parts = 0, False, []
+        self.total, self.kept, self.arrived, self.parts = 0, 0, False, []
         if staged:
             self.staged, self.seed = [], None
 
-    def stage(self, use: _Use, x: Tensor, choose: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        """Take rows of a use whose backward pass has begun, those that ``choose`` says."""
-        assert self.seed is not None
-        task = torch._C._current_graph_task_id()
-        self.staged = [part for part in self.staged if part.task == task]
-        start = self.total + sum(part.count for part in self.staged)
-        keys = index = None
-        if use.count > self.capacity:
-            index, keys = choose(self.seed, start, use.count, self.capacity, x.device)
-        self.staged.append(_Part(task, start, use.count, use.rows(x, index), keys))
-
     def commit(self) -> None:
         """The gradient of what this backward pass has staged has arrived."""
-        task = torch._C._current_graph_task_id()
-        arrived = [part for part in self.staged if part.task == task]
-        self.staged = []
-        if not arrived:
-            return
-        self.arrived = True
-        self.parts += arrived
-        self.total += sum(part.count for part in arrived)
-        if sum(len(part.rows) for part in self.parts) > self.capacity:
-            rows, keys, _ = thinned(self.sample(keyed=True), self.capacity)
+        task = _current_task()
+        staged, self.staged = self.staged, []
+        for part in staged:
+            if part.task == task:
+                self.arrived = True
+                self.parts.append(part)
+                self.total += part.count
+                self.kept += part.rows.shape[0]
+        if self.kept > self.capacity:
+            with torch.no_grad():
+                rows, keys, _ = thinned(self.sample(keyed=True), self.capacity)
             self.parts = [_Part(task, 0, self.total, rows, keys)]
+            self.kept = rows.shape[0]
 
     def sample(self, keyed: bool) -> Sample:
         """All committed rows."""
         assert self.seed is not None
         rows = _joined([part.rows for part in self.parts])
         keys = [part.keyed(self.seed) for part in self.parts] if keyed else []
-        return Sample(rows, _joined(keys) if keys else rows.new_empty(0), self.total)
+        return Sample(rows, _joined(keys) if keys else _NO_KEYS, self.total)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -423,10 +482,20 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.to(dtype) for tensor in tensors])
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward pass in progress keeps the graph, for another one."""
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return kept is None or bool(kept())
+def _multiplied_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies this input: autocast's, where that is on."""
+    dtype, kind = x.dtype, "cuda" if x.is_cuda else x.device.type
+    if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that a CUDA device's work goes to, as a number."""
+    if _raw_stream is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    stream: int = _raw_stream(device.index)
+    return stream
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

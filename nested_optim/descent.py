@@ -20,7 +20,7 @@ from .rules.dgd import forms_second_moment
 from .tensors import to_scalar
 
 #: Elements of the largest tensor of a batch of products; larger weights run alone, uncopied.
-_BATCH_ELEMENTS = 2**24
+_BATCH_ELEMENTS = 2**25
 
 
 def _in_batches(param: Tensor) -> bool:
@@ -84,7 +84,7 @@ def _multi_tensor_dgd(
         elif group["batch"] != "mean" or not _in_batches(param):
             alone.append(i)
         else:
-            (batched if len(given.rows) else plain).append(i)
+            (batched if given.rows.shape[0] else plain).append(i)
     if alone:
         chosen, theirs, inputs, counters = _at(alone, params, grads, taken, steps)
         _single_tensor_dgd(chosen, theirs, inputs, counters, group)
@@ -168,22 +168,30 @@ def _batches_of_terms(
     weights: list[Tensor], taken: list[Inputs], group: dict[str, Any]
 ) -> Iterator[tuple[list[int], Tensor, tuple[Tensor, ...]]]:
     """For weights of one kind at a time: which, their step sizes, and their decay's terms."""
-    kinds: dict[Any, list[int]] = {}
+    kinds: dict[Any, dict[Any, list[int]]] = {}
     for i, (weight, given) in enumerate(zip(weights, taken)):
         rows = given.rows
-        kind = (weight.shape, weight.dtype, weight.device, given.layout, rows.shape, rows.dtype)
-        kinds.setdefault((*kind, _kind(given.count), _kind(given.scale)), []).append(i)
-    for members in kinds.values():
-        weight, rows = weights[members[0]], taken[members[0]].rows
-        batch, features = rows.shape
-        outputs = weight.numel() // max(1, features)
-        forms = forms_second_moment(batch, outputs, features)
-        between = features * features if forms else outputs * batch
-        size = max(1, _BATCH_ELEMENTS // max(1, weight.numel(), rows.numel(), between))
-        for start in range(0, len(members), size):
-            chunk = members[start : start + size]
-            chosen, inputs = _at(chunk, weights, taken)
-            yield chunk, *_terms(chosen, inputs, group, forms)
+        # What one vector of step sizes can hold, and of it what one batch of products can.
+        vector = weight.dtype, weight.device, rows.dtype, _kind(given.count), _kind(given.scale)
+        batch = weight.shape, rows.shape, given.layout.transposed
+        kinds.setdefault(vector, {}).setdefault(batch, []).append(i)
+    for batches in kinds.values():
+        every = [i for members in batches.values() for i in members]
+        chosen, inputs = _at(every, weights, taken)
+        sizes, factors = _step_sizes(chosen, inputs, group)
+        done = 0
+        for members in batches.values():
+            weight, rows = weights[members[0]], taken[members[0]].rows
+            count, features = rows.shape
+            outputs = weight.numel() // max(1, features)
+            forms = forms_second_moment(count, outputs, features)
+            between = features * features if forms else outputs * count
+            most = max(1, _BATCH_ELEMENTS // max(1, weight.numel(), rows.numel(), between))
+            for start in range(0, len(members), most):
+                chunk = members[start : start + most]
+                of_chunk = slice(done, done := done + len(chunk))
+                chosen, inputs = _at(chunk, weights, taken)
+                yield chunk, sizes[of_chunk], _terms(chosen, inputs, factors[of_chunk], forms)
 
 
 def _kind(number: Any) -> Any:
@@ -191,40 +199,46 @@ def _kind(number: Any) -> Any:
     return "tensor" if isinstance(number, Tensor) else number
 
 
-def _terms(
-    weights: list[Tensor], taken: list[Inputs], group: dict[str, Any], forms: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``e``, in at least float32, and ``e decay W S``, in the dtype of its products."""
-    one, transposed = weights[0], taken[0].layout.transposed
-    wide = torch.promote_types(one.dtype, torch.float32)
-    dtype = taken[0].rows.dtype
-    dtype = dtype if dtype is torch.bfloat16 else wide
+def _step_sizes(
+    weights: list[Tensor], taken: list[Inputs], group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """``e`` of each weight, and ``e decay / B``, in at least float32."""
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
     lr: Any = to_scalar(group["lr"])
     lr = lr.to(wide) if isinstance(lr, Tensor) else lr
     count, scale = (_together([getattr(x, key) for x in taken]) for key in ("count", "scale"))
     number = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-    strength = group["decay"] * scale
+    strength = group["decay"] * scale / number
+    total = torch.stack(torch._foreach_norm([x.rows for x in taken], 2, dtype=wide)).square_()
+    sizes = lr / (1 + (lr * strength) * total)
+    return sizes, sizes * strength
 
+
+def _terms(
+    weights: list[Tensor], taken: list[Inputs], factors: Tensor, forms: bool
+) -> tuple[Tensor, ...]:
+    """``e decay W S`` of weights of one shape, in the dtype of its products."""
+    one, transposed = weights[0], taken[0].layout.transposed
+    dtype = taken[0].rows.dtype
+    dtype = dtype if dtype is torch.bfloat16 else factors.dtype
+    factors = factors.view(-1, 1, 1)
     rows = _stacked([x.rows for x in taken])
-    square = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=wide).square() / number
-    sizes = lr / (1 + lr * strength * square)
-    factors = (sizes * strength / number).view(-1, 1, 1)
-
-    rows = rows.to(dtype)
+    rows = rows if rows.dtype is dtype else rows.to(dtype)
     if len(weights) == 1:
-        stack = one.to(dtype).unsqueeze(0)
+        stack = (one if one.dtype is dtype else one.to(dtype)).unsqueeze(0)
     else:
         stack = torch.empty((len(weights), *one.shape), dtype=dtype, device=one.device)
         torch._foreach_copy_(list(stack.unbind(0)), weights)
-    matrices = stack.flatten(2)  # transposed ones stay so: no product turns them over
+    # Transposed ones stay so: no product turns them over.
+    matrices = stack.flatten(2) if stack.dim() > 3 else stack
     if forms:
-        second = (rows.mT @ rows).mul_(factors)
-        terms = second @ matrices if transposed else matrices @ second
+        second = torch.bmm(rows.mT, rows).mul_(factors)
+        terms = torch.bmm(second, matrices) if transposed else torch.bmm(matrices, second)
     elif transposed:
-        terms = rows.mT @ (rows @ matrices).mul_(factors)
+        terms = torch.bmm(rows.mT, torch.bmm(rows, matrices).mul_(factors))
     else:
-        terms = (matrices @ rows.mT).mul_(factors) @ rows
-    return sizes, terms.view(stack.shape).unbind(0)
+        terms = torch.bmm(torch.bmm(matrices, rows.mT).mul_(factors), rows)
+    return (terms.view(stack.shape) if stack.dim() > 3 else terms).unbind(0)
 
 
 def _together(numbers: list[Any]) -> Any:

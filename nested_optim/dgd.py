@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import (
     _differentiable_doc,
     _foreach_doc,
-    _get_value,
     _maximize_doc,
     _use_grad_for_differentiable,
 )
@@ -27,6 +26,7 @@ from .nested import NestedOptimizer, _is_narrow
 from .optimizer import LevelOptimizer, ParamsT
 from .tensors import is_dtensor
 
+_NO_STATE: dict[str, Any] = {}
 _CHOICES = {"batch": ("mean", "exact"), "base": ("sgd", "adamw"), "reduction": ("mean", "sum")}
 
 
@@ -285,10 +285,11 @@ class DGD(NestedOptimizer):
 
     def _sample_plan(self, weight: Tensor) -> tuple[int, tuple[int, ...]]:
         # What seeds the choice is state, so a run that was resumed makes the same choices.
-        state = self.state.get(weight, {})
-        numbers = tuple(int(_get_value(state.get(k, 0))) for k in ("step", "window_count"))
-        group = self._owners[weight]
-        windowed = self._is_windowed(weight, group)
+        state, group = self.state.get(weight, _NO_STATE), self._owners[weight]
+        # Without a window its count is 0, and one read less at every layer.
+        waiting = int(state["window_count"]) if "window_sum" in state else 0
+        windowed = group["frequency"] > 1 or waiting > 0
+        numbers = int(state.get("step", 0)), waiting
         return group["window_samples" if windowed else "max_tokens"], numbers
 
     def _is_windowed(self, param: Tensor, group: dict[str, Any]) -> bool:
@@ -345,13 +346,14 @@ class DGD(NestedOptimizer):
         if capture is None:
             return
         for p in params:
-            if p not in capture.members or is_dtensor(p):
+            if p not in capture.members or (type(p) is not nn.Parameter and is_dtensor(p)):
                 self._check_servable(p, self._label_of(group, p), RuntimeError)
         # A layer's inputs may all have been another rank's.
         if capture.ranks() > 1 and capture.any_arrived():
             return
+        layouts = capture.layouts
         for p in params:
-            if p in capture.layouts and not capture.arrived(p):
+            if p in layouts and not capture.arrived(p):
                 raise RuntimeError(
                     f"no input was captured for {self._label_of(group, p)}, although it has a "
                     "gradient. Was its layer in eval mode, its weight used without calling the "
@@ -383,12 +385,14 @@ class DGD(NestedOptimizer):
         capture = self._capture
         if capture is None or group["decay"] == 0:
             return
-        weights = [p for p in params if p in capture.layouts]
-        for windowed in (False, True):
-            chosen = [p for p in weights if self._is_windowed(p, group) == windowed]
-            dtypes = [self._state_dtype(p, group) for p in chosen]
+        chosen: dict[bool, list[Tensor]] = {False: [], True: []}
+        for p in params:
+            if p in capture.layouts:
+                chosen[self._is_windowed(p, group)].append(p)
+        for windowed, ours in chosen.items():
+            dtypes = [self._state_dtype(p, group) for p in ours] if capture.ranks() > 1 else []
             size = group["window_samples" if windowed else "max_tokens"]
-            for p, sample in zip(chosen, inputs.take(capture, chosen, dtypes, size, windowed)):
+            for p, sample in zip(ours, inputs.take(capture, ours, dtypes, size, windowed)):
                 if windowed:
                     inputs.add_to_window(self._begin(p, group), sample)
                 else:
@@ -397,7 +401,8 @@ class DGD(NestedOptimizer):
     def _inputs_of_update(self, param: Tensor, group: dict[str, Any]) -> Inputs | None:
         if param in self._direct:
             return self._direct.pop(param)
-        window = inputs.read_window(self.state[param])
+        state = self.state[param]
+        window = inputs.read_window(state) if "samples" in state else None
         if window is None or group["decay"] == 0 or self._capture is None:
             return None
         return inputs.for_update(self._capture, param, group, *window)
@@ -413,7 +418,9 @@ class DGD(NestedOptimizer):
         else:
             self._descend(group, params, grads, given)
         for p in params:
-            inputs.empty_window(self.state[p])
+            state = self.state[p]
+            if "samples" in state:
+                inputs.empty_window(state)
 
     def _run(
         self,
@@ -442,24 +449,23 @@ class DGD(NestedOptimizer):
         given: list[Inputs | None],
     ) -> None:
         """The update of ``base="sgd"``, in the wider of the parameter's dtype and its state's."""
-        work, comps = [], []
-        for p in params:
-            state = self.state[p]
-            self._init_state(p, group, state)  # kahan_sum may have been switched on in mid-run
-            dtype = torch.promote_types(p.dtype, self._state_dtype(p, group))
-            comp = state.get("kahan_comp") if group["kahan_sum"] else None
-            if comp is None:
-                work.append(p.to(dtype))
-            else:
-                dtype = torch.promote_types(dtype, torch.float32)
-                work.append(rules.kahan_join(p, comp, dtype))
-            comps.append(comp)
+        work, comps = list(params), []
+        if group["state_dtype"] is not None or group["kahan_sum"]:
+            for i, p in enumerate(params):
+                state = self.state[p]
+                self._init_state(p, group, state)  # kahan_sum may have been switched on in mid-run
+                dtype = torch.promote_types(p.dtype, self._state_dtype(p, group))
+                comp = state.get("kahan_comp") if group["kahan_sum"] else None
+                if comp is None:
+                    work[i] = p.to(dtype)
+                else:
+                    dtype = torch.promote_types(dtype, torch.float32)
+                    work[i] = rules.kahan_join(p, comp, dtype)
+                comps.append(comp)
         steps = [self.state[p]["step"] for p in params]
-        grads = [grad.to(p.dtype) for grad, p in zip(grads, work)]
-        if self._uses_foreach(group, work):
-            _multi_tensor_dgd(work, grads, given, steps, group)
-        else:
-            _single_tensor_dgd(work, grads, given, steps, group)
+        grads = [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, work)]
+        run = _multi_tensor_dgd if self._uses_foreach(group, work) else _single_tensor_dgd
+        run(work, grads, given, steps, group)
         for p, new, comp in zip(params, work, comps):
             if comp is not None:
                 comp.copy_(rules.kahan_split(new, comp.dtype)[1])

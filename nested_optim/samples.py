@@ -7,6 +7,7 @@ the stream was cut into pieces, and owing nothing to a random number generator.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class Sample(NamedTuple):
     total: Any
 
 
+@lru_cache(maxsize=64)  # a step's streams mostly have one
 def stream_seed(*numbers: int) -> int:
     """A seed from integers that say which stream it is."""
     seed = 0
