@@ -32,6 +32,7 @@ from nested_optim.integrations.config import (
     load_config,
     optimizer_from_config,
 )
+from nested_optim.memory_levels import PRESETS
 
 #: The block of the behaviour-cloning guide.
 GUIDE = """
@@ -335,7 +336,7 @@ def test_a_memory_is_attached():
     short = optimizer_from_config(
         {"optimizer_type": "nested", "options": {"memory": "continual"}}, make_model()
     )
-    assert short.param_groups[0]["memory_frequencies"] == (10, 50)
+    assert short.param_groups[0]["memory_frequencies"] == PRESETS["continual"][0]
     own = optimizer_from_config(
         {"optimizer_type": "deep_momentum", "options": {"memory": "linear", "objective": "dot"}},
         make_model(),
