@@ -24,10 +24,8 @@ from .meta import unroll as unrolled
 from .meta.features import clip_factor, observe
 from .meta.report import Report, as_loss
 from .meta.simple import Due
-from .names import find_parameters
 from .nested import NestedOptimizer, _count
 from .optimizer import LevelOptimizer, ParamsT
-from .param_groups import group_titans_params
 from .tensors import is_dtensor
 
 
@@ -55,13 +53,14 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
     - ``mode="simple"``: every gradient tells what the update before it did to the loss (a
       first-order hypergradient; Baydin et al. 2018). No further forward pass. What an update does
       to momenta, and so to later updates, is left out. Derivatives are gathered and used every
-      ``meta_update_freq`` steps.
+      ``meta_update_freq`` steps, as ``meta_rule`` says.
     - ``mode="explicit"``: :meth:`meta_update` takes k real steps on copies and descends on the
       validation loss after them, through all of them. Call it, or give ``val_batch_fn``.
 
-    When it helps: where the learning rate is off, or the best one changes. It does not replace a
-    search where that is cheap: simple mode looks one step ahead, and what is best for the next step
-    is known to be less than best for a run (short-horizon bias, Wu et al. 2018).
+    When it helps: where the learning rate is too small. It cannot undo what steps at a rate that is
+    much too large have done, the first of which is AdamW's. It does not replace a search where that
+    is cheap: simple mode looks one step ahead, and what is best for the next step is known to be
+    less than best for a run (short-horizon bias, Wu et al. 2018), so multipliers fall as loss does.
 
     Args:
         params_or_model (iterable or Module): parameters, ``(name, parameter)`` pairs, groups; or a
@@ -75,7 +74,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         base_lr (float or Tensor): the same as ``lr``.
         loss_fn (callable): ``loss_fn(model, batch)`` for :meth:`meta_update`; None takes the
             ``loss`` of the model's output. Not saved.
-        meta_lr (float): learning rate of the learned parts' Adam; 0 leaves them (default: 1e-4).
+        meta_lr (float): learning rate of the learned parts; 0 leaves them (default: 1e-4).
         k_unroll (int): steps in an unroll from :meth:`observe_batch` (default: 5).
         cms_frequencies (tuple): updates per chunk of each momentum, ascending from 1; each one
             beside the first takes a tensor of at least float32 (default: (1, 10, 100)).
@@ -83,6 +82,12 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         controller_hidden_dim (int): units per layer of the controller (default: 32).
         mode (str): ``"simple"`` or ``"explicit"`` (default: ``"simple"``).
         meta_update_freq (int): steps between meta updates (default: 100).
+        meta_rule (str): ``"cosine"`` divides each hypergradient by the lengths of gradient and last
+            update, over all tensors, and descends on the sum, by a factor of about two per meta
+            update at most. So what is learned does not depend on the loss's scale, and
+            little from gradients that are mostly noise. ``"adam"`` is Adam on the mean, which makes
+            as much of weak evidence as of strong. ``mode="explicit"`` has ``"adam"`` only
+            (default: None, ``"cosine"`` where there is a choice).
         unroll (str): ``"exact"``, ``"stepwise"`` (the same in less memory) or ``"first_order"``
             (cheaper, biased), see :mod:`nested_optim.meta.unroll` (default: ``"exact"``).
         use_gradient_checkpointing (bool): another word for ``unroll="stepwise"``.
@@ -145,6 +150,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         controller_hidden_dim: int = 32,
         mode: str = "simple",
         meta_update_freq: int = 100,
+        meta_rule: str | None = None,
         unroll: str = "exact",
         use_gradient_checkpointing: bool = False,
         min_lr_mult: float = 0.01,
@@ -182,16 +188,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
                     f"use_gradient_checkpointing=True means unroll='stepwise', not {unroll!r}"
                 )
             unroll = "stepwise"
-        if isinstance(params_or_model, nn.Module):
-            if model is not None and model is not params_or_model:
-                raise TypeError("two models were given: as the first argument and as `model=`")
-            model = params_or_model
-        elif params_or_model is not None:
-            if params is not None:
-                raise TypeError("parameters were given twice: as the first argument and `params=`")
-            params = params_or_model
-        if params is None and param_groups is None and model is not None:
-            params = _groups_of(model)
+        model, params = options.subject(params_or_model, model, params, param_groups)
 
         defaults = {
             "lr": 1e-3 if lr is None else lr,
@@ -216,6 +213,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             "controller_hidden_dim": controller_hidden_dim,
             "mode": mode,
             "meta_update_freq": meta_update_freq,
+            "meta_rule": meta_rule,
             "unroll": unroll,
             "min_lr_mult": min_lr_mult,
             "max_lr_mult": max_lr_mult,
@@ -459,12 +457,14 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         first = self.param_groups[0]
         learns = first["meta_lr"] > 0 and self._traces(first)
         if learns and due:
-            grads = simple.hypergradients(first, self.state, due, self._slow_keys(first))
-            learned.gather(first, grads)
+            grads, length = simple.hypergradients(first, self.state, due, self._slow_keys(first))
+            learned.gather(first, grads, length if first["meta_rule"] == "cosine" else None)
         if counted:
             first["global_step"] += 1
             if learns and first["global_step"] % first["meta_update_freq"] == 0:
-                self.controller_grad_norm = learned.meta_step(first, first["meta_update_freq"])
+                self.controller_grad_norm = learned.meta_step(
+                    first, first["meta_update_freq"], first["meta_rule"]
+                )
                 self.last_meta_loss = self._loss
         if due:
             flats = learned.weights(first)
@@ -588,17 +588,6 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             self, val_batch, batches, loss_fn or self.loss_fn, first["unroll"]
         )
         learned.gather(first, grads)
-        self.controller_grad_norm = learned.meta_step(first, 1)
+        self.controller_grad_norm = learned.meta_step(first, 1, "adam")
         self.last_meta_loss = loss
         return loss
-
-
-def _groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The two groups of a bare model, ``core`` and, where it has one, ``memory``."""
-    memory = set(group_titans_params(model)[1])
-    named = find_parameters(model).trainable.items()
-    groups = [
-        {"name": "core", "params": [(n, p) for n, p in named if p not in memory]},
-        {"name": "memory", "params": [(n, p) for n, p in named if p in memory]},
-    ]
-    return [group for group in groups if group["params"]]

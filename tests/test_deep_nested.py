@@ -331,7 +331,7 @@ def test_saturation_is_counted_and_does_not_come_from_the_start():
     """A model whose gradients and weights are of any size begins within the bounds."""
     for scale in (1e-12, 1.0, 1e12):
         params = make_params((3, 3))
-        optimizer = DeepNestedOptimizer(params, lr=1e-3, meta_lr=1e-3, meta_update_freq=1)
+        optimizer = DeepNestedOptimizer(params, lr=1e-3, meta_update_freq=1)
         for seed in range(5):
             params[0].grad = scale * torch.randn(
                 3, 3, generator=torch.Generator().manual_seed(seed)

@@ -137,7 +137,7 @@ def test_the_next_loss_has_the_derivatives_of_the_gradient_s_product_with_the_up
     expected_loss, new = loss(*inputs)
     expected = torch.autograd.grad(expected_loss, inputs)
     new = deep_nested(param, grad, m, v, None, [slow], inputs=Inputs(*inputs), **options)
-    products = alignments(
+    products, lengths = alignments(
         later,
         new.param.detach(),
         new.grad,
@@ -149,6 +149,14 @@ def test_the_next_loss_has_the_derivatives_of_the_gradient_s_product_with_the_up
         eps=OPTIONS["eps"],
         frequencies=(1, 2),
     )
+    direction = new.exp_avg.detach() / (1 - OPTIONS["betas"][0] ** 3)
+    if v is not None:
+        parts = torch.view_as_real(new.exp_avg_sq) if dtype.is_complex else new.exp_avg_sq
+        root = (parts / (1 - OPTIONS["betas"][1] ** 3)).sqrt() + OPTIONS["eps"]
+        direction = torch.view_as_real(direction) if dtype.is_complex else direction
+        direction = direction / root
+    squares = [t.abs().square().sum().item() for t in (later, direction)]
+    assert lengths.tolist() == pytest.approx(squares, rel=1e-12)
     rows = [t.detach().reshape(-1).requires_grad_() for t in (*values, mixing)]
     found_loss = next_loss(
         products[None],

@@ -1,11 +1,15 @@
 """First-order hypergradients against finite differences of the real two-step process."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from nested_optim import DeepNestedOptimizer
-from nested_optim.meta import learned
+from nested_optim.meta import learned, simple
+from nested_optim.meta.networks import GAIN
+from nested_optim.meta.simple import Due
 
 from .helpers import assert_same_tensors
 from .meta_helpers import (
@@ -21,6 +25,10 @@ from .meta_helpers import (
     step_on,
     two_groups,
 )
+
+SLOW = ("exp_avg_slow1", "exp_avg_slow2")
+#: Gradients are gathered as they are.
+RAW = {"meta_rule": "adam", **SMALL}
 
 VARIANTS = {
     "plain": {},
@@ -39,7 +47,7 @@ VARIANTS = {
 
 def build(model, **options):
     optimizer = DeepNestedOptimizer(
-        two_groups(model), **{"lr": 0.05, "meta_update_freq": 1000, **SMALL, **options}
+        two_groups(model), **{"lr": 0.05, "meta_update_freq": 1000, **RAW, **options}
     )
     in_float64(optimizer)
     return optimizer
@@ -87,7 +95,7 @@ def test_the_hypergradient_is_that_of_the_loss_after_a_real_step(options):
 
 def test_a_slow_group_learns_from_its_window_s_mean_loss():
     model = Net()
-    options = {"lr": 0.05, "meta_update_freq": 1000, **SMALL, "weight_decay": 0.1}
+    options = {"lr": 0.05, "meta_update_freq": 1000, **RAW, "weight_decay": 0.1}
     optimizer = DeepNestedOptimizer(two_groups(model, frequency=2), **options)
     in_float64(optimizer)
     for p in model.first.parameters():
@@ -148,7 +156,7 @@ def test_the_hypergradient_is_exact_across_a_meta_update():
 
 def test_complex_parameters_learn_as_their_parts():
     z = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
-    optimizer = DeepNestedOptimizer([z], lr=0.05, meta_update_freq=1000, **SMALL)
+    optimizer = DeepNestedOptimizer([z], lr=0.05, meta_update_freq=1000, **RAW)
     in_float64(optimizer)
     target = torch.randn(3, 2, dtype=torch.complex128)
 
@@ -240,6 +248,118 @@ def test_an_observed_loss_counts_as_one_that_the_step_was_told():
     assert any(not torch.equal(a, b) for a, b in zip(told, withdrawn))
     with pytest.raises(TypeError):
         optimizer.observe_loss("low")
+
+
+def after_one_gathering(scale=1.0, **options):
+    """What a gradient adds to those gathered, the gradient, and what the last update moved."""
+    model = Net()
+    optimizer = DeepNestedOptimizer(two_groups(model), lr=0.01, meta_update_freq=1000, **options)
+    in_float64(optimizer, noise=0.0)
+    for i in range(4):
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer.zero_grad()
+        (scale * loss_of(model, batch(i))).backward()
+        optimizer.step()
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    kept = gathered(optimizer)
+    optimizer.zero_grad()
+    (scale * loss_of(model, batch(4))).backward()
+    grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+    optimizer.step()
+    return {m: after - kept[m] for m, after in gathered(optimizer).items()}, grad, moved
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_cosine_rule_divides_by_the_lengths_of_gradient_and_update(normalize):
+    raw, grad, moved = after_one_gathering(meta_rule="adam", normalize=normalize)
+    divided, *_ = after_one_gathering(normalize=normalize)
+    lengths = grad.norm() * moved.norm()
+    for module in raw:
+        assert relative_error(divided[module] * lengths, raw[module]) <= 1e-9, module
+    # The derivative by one multiplier for all is the cosine itself; the last bias has it times 16.
+    cosine = torch.dot(grad, moved) / lengths
+    assert divided["controller"][-1].item() == pytest.approx(GAIN * cosine.item(), rel=1e-9)
+
+
+def test_what_the_cosine_rule_gathers_does_not_depend_on_the_scale_of_the_loss():
+    one, *_ = after_one_gathering(eps=1e-30)
+    other, *_ = after_one_gathering(scale=2.0**20, eps=1e-30)
+    # Other weights' derivatives depend on what the networks see, and that is sizes.
+    assert other["controller"][-1].item() == pytest.approx(one["controller"][-1].item(), rel=1e-9)
+    assert relative_error(other["mixing"], one["mixing"]) <= 1e-9
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_the_cosine_rule_descends_on_the_sum_no_further_than_it_trusts(far):
+    model = Net()
+    rate = 1.0 if far else 1e-5
+    optimizer = DeepNestedOptimizer(two_groups(model), lr=0.05, meta_update_freq=6, meta_lr=rate)
+    for i in range(5):
+        step_on(optimizer, model, batch(i))
+    first = optimizer.param_groups[0]
+    # What the sixth gradient will add.
+    grads, length = simple.hypergradients(first, optimizer.state, due(optimizer, model), SLOW)
+    sums = {m: total + grads[m] / length for m, total in gathered(optimizer).items()}
+    before = {m: first[f"{m}_weights"].clone() for m in sums}
+    step_on(optimizer, model, batch(5))
+    assert first["meta_updates"] == 1
+    for module, total in sums.items():
+        moved = (first[f"{module}_weights"] - before[module]).double()
+        expected = -rate * total.double()
+        if far:
+            assert expected.norm() > learned.TRUST
+            expected *= learned.TRUST / expected.norm()
+        assert relative_error(moved, expected) <= 1e-3, module  # weights are float32
+        assert not first[f"{module}_exp_avg_sq"].any()
+
+
+def due(optimizer, model):
+    """The gradients of the sixth batch, as the step finds them."""
+    optimizer.zero_grad()
+    loss_of(model, batch(5)).backward()
+    return [
+        Due(group, group["params"], [p.grad.clone() for p in group["params"]])
+        for group in optimizer.param_groups
+    ]
+
+
+def test_from_gradients_that_are_noise_the_cosine_rule_learns_next_to_nothing():
+    changes = {}
+    for rule in ("cosine", "adam"):
+        p = nn.Parameter(torch.zeros(256, 256))
+        options = {"learn_momentum": False, "learn_mixing": False, "meta_update_freq": 10}
+        optimizer = DeepNestedOptimizer([p], lr=1e-6, meta_rule=rule, meta_lr=1e-3, **options)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(200):
+            p.grad = torch.randn(256, 256, generator=generator)
+            optimizer.step()
+        changes[rule] = abs(math.log(float(optimizer.get_lr_multipliers()[0])))
+    assert changes["cosine"] < 0.1
+    assert changes["adam"] > 2 * changes["cosine"]
+
+
+def test_the_defaults_correct_a_learning_rate_that_is_far_too_small():
+    finals = []
+    for rate in (0.0, 1e-4):
+        model = Net(torch.float32)
+        optimizer = DeepNestedOptimizer(model, lr=1e-4, meta_lr=rate)
+        for i in range(400):
+            step_on(optimizer, model, batch(i % 20, torch.float32))
+        finals.append(loss_of(model, batch(0, torch.float32)).item())
+    assert float(optimizer.get_lr_multipliers()[0]) > 3
+    assert finals[1] < 0.8 * finals[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"meta_rule": "sgd"}, "Invalid meta_rule: 'sgd'. Choose one of cosine, adam"),
+        ({"meta_rule": "cosine", "mode": "explicit"}, "one of adam for mode='explicit'"),
+    ],
+)
+def test_a_meta_rule_that_is_not_there_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DeepNestedOptimizer(Net(), **options)
 
 
 def test_learning_follows_the_loss_where_the_learning_rate_is_too_small():

@@ -1,9 +1,9 @@
 """A learning rate that is set wrong, and who makes up for it.
 
-AdamW trains the MLP of the demo on all ten digits. Its learning rate is tuned; then every method is
-started at a tenth of it, at it, and at ten times it. What else a method has to choose is chosen on
-other seeds, by the mean logarithm of the final training loss over the three starts: one choice for
-all of them, as somebody has to make who does not know the right rate.
+AdamW's learning rate is tuned on each task; then every method is started at a tenth of it, at it,
+and at ten times it. What else a method has to choose is chosen on other seeds, by the mean
+logarithm of the final loss over the three starts: one choice for all of them, as somebody has to
+make who does not know the right rate.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from nested_optim import DeepNestedOptimizer
 
-from ..demo.run import one_thread
-from ..demo.stream import build_model
-from .digits import batches, figures, spread, whole
+from ..jobs import Store
+from .meta_tasks import TASKS, Task
 
-LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FACTORS = (0.1, 1.0, 10.0)
 #: What is written down of a run's multipliers.
 READINGS = 50
+#: Changes when a job's result does.
+PROTOCOL = 1
 
 
 class Hypergradient:
@@ -96,31 +95,58 @@ class Learned(Plain):
         return found
 
 
-def layers(model: nn.Sequential) -> list[dict[str, Any]]:
-    linear = [module for module in model if isinstance(module, nn.Linear)]
-    return [
-        {"params": list(layer.parameters()), "name": f"layer{i}"} for i, layer in enumerate(linear)
-    ]
+@dataclass(frozen=True)
+class Start:
+    """What a method is built with: the rate that is set, and for controls the one that is right."""
+
+    lr: float
+    tuned: float
+    steps: int
 
 
-def _adamw(model: nn.Sequential, lr: float, steps: int) -> Plain:
-    return Plain(AdamW(model.parameters(), lr=lr, weight_decay=0.0))
+class Recovered(Plain):
+    """AdamW that is told the right rate after one step at the wrong one.
+
+    No rule whose first step is AdamW's can know better sooner, so this is what the start costs.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], start: Start) -> None:
+        super().__init__(AdamW(params, lr=start.lr, weight_decay=0.0))
+        self.tuned = start.tuned
+
+    def step(self, loss: Tensor) -> None:
+        super().step(loss)
+        self.optimizer.param_groups[0]["lr"] = self.tuned
 
 
-def _cosine(model: nn.Sequential, lr: float, steps: int) -> Plain:
-    optimizer = AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    return Plain(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))
+def _adamw(task: Task, model: nn.Module, start: Start) -> Plain:
+    return Plain(AdamW(model.parameters(), lr=start.lr, weight_decay=0.0))
 
 
-def _hypergradient(model: nn.Sequential, lr: float, steps: int, rate: float) -> Hypergradient:
-    return Hypergradient(model.parameters(), lr, rate)
+def _recovered(task: Task, model: nn.Module, start: Start) -> Plain:
+    return Recovered(model.parameters(), start)
 
 
-def _learned(model: nn.Sequential, lr: float, steps: int, **options: Any) -> Learned:
-    return Learned(DeepNestedOptimizer(params=layers(model), lr=lr, weight_decay=0.0, **options))
+def _cosine(task: Task, model: nn.Module, start: Start) -> Plain:
+    optimizer = AdamW(model.parameters(), lr=start.lr, weight_decay=0.0)
+    return Plain(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, start.steps))
 
 
-def _prodigy(model: nn.Sequential, lr: float, steps: int) -> Plain:
+def _hypergradient(task: Task, model: nn.Module, start: Start, rate: float) -> Hypergradient:
+    return Hypergradient(model.parameters(), start.lr, rate)
+
+
+def _learned(
+    task: Task, model: nn.Module, start: Start, groups: str = "one", **options: Any
+) -> Learned:
+    params: Any = [{"params": list(model.parameters()), "name": "all"}]
+    if groups == "layers":
+        layers = task.layers(model)
+        params = [{"params": layer, "name": f"layer{i}"} for i, layer in enumerate(layers)]
+    return Learned(DeepNestedOptimizer(params=params, lr=start.lr, weight_decay=0.0, **options))
+
+
+def _prodigy(task: Task, model: nn.Module, start: Start) -> Plain:
     from prodigyopt import Prodigy
 
     # Its own unit is 1; what was set here is a factor of that.
@@ -136,108 +162,169 @@ class Method:
     choices: tuple[dict[str, Any], ...] = field(default=({},))
 
 
+_MULTIPLIERS = {"learn_momentum": False, "learn_mixing": False}
+
 METHODS = {
     "adamw": Method("AdamW", _adamw),
+    "recovered": Method("AdamW, told the right rate after one step", _recovered),
     "cosine": Method("AdamW, cosine to 0", _cosine),
     "hypergradient": Method(
         "hypergradient, one lr",
         _hypergradient,
-        tuple({"rate": r} for r in (0.003, 0.01, 0.03, 0.1)),
+        tuple({"rate": r} for r in (0.01, 0.03, 0.1)),
     ),
     "deep_default": Method("DeepNestedOptimizer, defaults", _learned),
-    "deep": Method(
-        "DeepNestedOptimizer",
+    "deep_layers": Method("... a group per layer", _learned, ({"groups": "layers"},)),
+    "deep_lr": Method("... multipliers only", _learned, (_MULTIPLIERS,)),
+    "deep_10": Method(
+        "... multipliers only, every 10 steps",
         _learned,
-        tuple(
-            {"meta_lr": meta_lr, "meta_update_freq": every}
-            for meta_lr, every in itertools.product((3e-4, 1e-3, 3e-3), (1, 10))
-        ),
+        ({"meta_update_freq": 10, **_MULTIPLIERS},),
     ),
-    "deep_lr": Method(
-        "... multipliers only",
+    "deep_adam": Method(
+        "... meta_rule='adam', every 10 steps",
         _learned,
-        tuple(
-            {"meta_lr": m, "meta_update_freq": 1, "learn_momentum": False, "learn_mixing": False}
-            for m in (3e-4, 1e-3, 3e-3)
-        ),
+        ({"meta_rule": "adam", "meta_lr": 2e-4, "meta_update_freq": 10},),
     ),
 }
 if find_spec("prodigyopt"):
     METHODS["prodigy"] = Method("Prodigy", _prodigy)
 
 
-def run(
-    method: Method, options: dict[str, Any], lr: float, seed: int, steps: int
-) -> dict[str, Any]:
-    train, test = whole(seed)
-    model = build_model(seed)
+@dataclass(frozen=True)
+class Job:
+    """One training run, by all that its result depends on."""
+
+    task: str
+    method: str
+    options: tuple[tuple[str, Any], ...]
+    lr: float
+    tuned: float
+    seed: int
+    steps: int
+
+    def identity(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Train as the job says."""
+    task = TASKS[job.task]
+    model = task.build(job.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        learner = method.build(model, lr, steps, **options)
+        torch.manual_seed(job.seed)
+        start = Start(job.lr, job.tuned, job.steps)
+        learner = METHODS[job.method].build(task, model, start, **dict(job.options))
     multipliers: list[list[float]] = []
-    every = max(1, steps // READINGS)
+    every = max(1, job.steps // READINGS)
     started = time.perf_counter()
-    for step, (inputs, labels) in enumerate(itertools.islice(batches(train, seed), steps)):
+    for step, loss in enumerate(itertools.islice(task.losses(model, job.seed), job.steps)):
         learner.zero_grad()
-        loss = F.cross_entropy(model(inputs), labels)
         loss.backward()
         learner.step(loss)
         if step % every == 0:
-            multipliers.append(learner.multipliers(lr))
+            multipliers.append(learner.multipliers(job.lr))
     seconds = time.perf_counter() - started
     return {
-        **figures(model, train, test),
-        "ms_per_step": 1e3 * seconds / steps,
+        **task.figures(model, job.seed),
+        "ms_per_step": 1e3 * seconds / job.steps,
         "multipliers": multipliers,
     }
 
 
-def _log_loss(runs: Iterable[dict[str, Any]]) -> float:
-    return statistics.fmean(math.log(r["loss"]) for r in runs)
+def spread(runs: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
+    """Over seeds. Losses may range over decades, so their mean is the geometric one."""
+    found: dict[str, Any] = {}
+    for measure_ in measures:
+        logs = [math.log(run[measure_]) for run in runs]
+        found[measure_] = math.exp(statistics.fmean(logs))
+        found[f"{measure_}, factor"] = math.exp(statistics.stdev(logs)) if len(logs) > 1 else 1.0
+        found[f"{measure_}, runs"] = [run[measure_] for run in runs]
+    if "accuracy" in runs[0]:
+        found["accuracy"] = statistics.fmean(run["accuracy"] for run in runs)
+    found["ms_per_step"] = statistics.median(run["ms_per_step"] for run in runs)
+    return found
 
 
 def measure(
+    name: str,
     seeds: Sequence[int],
     selection: Sequence[int],
     steps: int,
-    names: Sequence[str] | None = None,
-    lrs: Sequence[float] = LRS,
-    advance: Callable[[], None] = lambda: None,
+    names: Sequence[str],
+    lrs: Sequence[float],
+    store: Store,
+    execute: Callable[[list[Job]], None],
 ) -> dict[str, Any]:
-    """Everything: the tuned rate, each method's own choice, and its runs from the three starts."""
-    with one_thread():
-        of_lr = {
-            lr: _log_loss(run(METHODS["adamw"], {}, lr, s, steps) for s in selection) for lr in lrs
-        }
-        tuned = min(of_lr, key=lambda lr: of_lr[lr])
-        advance()
-        rows = {}
-        for name in names or METHODS:
-            method = METHODS[name]
-            scores = []
-            for options in method.choices:
-                starts = itertools.product(FACTORS, selection)
-                runs = (run(method, options, f * tuned, s, steps) for f, s in starts)
-                scores.append(_log_loss(runs) if len(method.choices) > 1 else 0.0)
-            chosen = method.choices[scores.index(min(scores))]
-            by_factor = {}
-            for factor in FACTORS:
-                found = [run(method, chosen, factor * tuned, s, steps) for s in seeds]
-                by_factor[f"{factor:g}"] = {
-                    **spread(found),
-                    "multipliers": found[0]["multipliers"],
-                }
-            rows[name] = {
-                "label": method.label,
-                "chosen": chosen,
-                "choices": [
-                    {**options, "log_loss": score} for options, score in zip(method.choices, scores)
-                ],
-                "by_factor": by_factor,
+    """A task's tuned rate, each method's own choice, and its runs from the three starts."""
+    measures = TASKS[name].measures
+
+    def job(method: str, options: dict[str, Any], lr: float, tuned: float, seed: int) -> Job:
+        return Job(name, method, tuple(sorted(options.items())), lr, tuned, seed, steps)
+
+    def score(jobs: list[Job]) -> float:
+        return statistics.fmean(math.log(store[j][measures[0]]) for j in jobs)
+
+    searched = {lr: [job("adamw", {}, lr, 0.0, s) for s in selection] for lr in lrs}
+    execute(list(itertools.chain(*searched.values())))
+    by_lr = {lr: score(jobs) for lr, jobs in searched.items()}
+    tuned = min(by_lr, key=lambda lr: by_lr[lr])
+
+    def start(method: str, options: dict[str, Any], factor: float, seed: int) -> Job:
+        # A rate that is right must not make a job of its own for methods that are not told it.
+        told = tuned if method == "recovered" else 0.0
+        return job(method, options, factor * tuned, told, seed)
+
+    trials = {
+        (method, i): [
+            start(method, options, *pair) for pair in itertools.product(FACTORS, selection)
+        ]
+        for method in names
+        if len(METHODS[method].choices) > 1
+        for i, options in enumerate(METHODS[method].choices)
+    }
+    execute(list(itertools.chain(*trials.values())))
+    scores = {key: score(jobs) for key, jobs in trials.items()}
+    chosen = {}
+    for method in names:
+        choices = METHODS[method].choices
+        best = min(range(len(choices)), key=lambda i: scores.get((method, i), 0.0))
+        chosen[method] = choices[best]
+    final = {
+        (method, factor): [start(method, chosen[method], factor, s) for s in seeds]
+        for method in names
+        for factor in FACTORS
+    }
+    execute(list(itertools.chain(*final.values())))
+
+    rows: dict[str, Any] = {}
+    for method in names:
+        by_factor = {}
+        for factor in FACTORS:
+            runs = [store[j] for j in final[method, factor]]
+            by_factor[f"{factor:g}"] = {
+                **spread(runs, measures),
+                "multipliers": runs[0]["multipliers"],
             }
-            advance()
-    best = rows["adamw"]["by_factor"]["1"]["loss"] if "adamw" in rows else math.nan
+        rows[method] = {
+            "label": METHODS[method].label,
+            "chosen": chosen[method],
+            "choices": [
+                {**options, "log_loss": scores[method, i]}
+                for i, options in enumerate(METHODS[method].choices)
+                if (method, i) in scores
+            ],
+            "by_factor": by_factor,
+        }
+    best = rows["adamw"]["by_factor"]["1"]
     for row in rows.values():
-        for entry in row["by_factor"].values():  # type: ignore[attr-defined]
-            entry["of_tuned_adamw"] = entry["loss"] / best
-    return {"lr": tuned, "by_lr": {f"{k:g}": math.exp(v) for k, v in of_lr.items()}, "rows": rows}
+        for entry in row["by_factor"].values():
+            entry["of_tuned_adamw"] = {m: entry[m] / best[m] for m in measures}
+    return {
+        "label": TASKS[name].label,
+        "steps": steps,
+        "lr": tuned,
+        "by_lr": {f"{k:g}": math.exp(v) for k, v in by_lr.items()},
+        "measures": measures,
+        "rows": rows,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,38 @@ import click
 import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ..demo import report
+from ..demo.cli import usable_cores
+from ..jobs import Pool, Store
 from ..output import STYLE, write_json
-from . import digits, meta
+from . import digits, meta, meta_tasks
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#0072B2")
+COLOURS = (
+    "#000000",
+    "#999999",
+    "#E69F00",
+    "#56B4E9",
+    "#D55E00",
+    "#CC79A7",
+    "#009E73",
+    "#0072B2",
+    "#F0E442",
+    "#7F3C8D",
+)
 
 
 @click.command(name="meta")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    type=click.Choice(list(meta_tasks.TASKS)),
+    help="Default: all.",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(
     "--selection",
@@ -30,8 +51,19 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#0
     show_default=True,
     help="Further seeds, on which every method's numbers are chosen.",
 )
-@click.option("--steps", type=click.IntRange(min=5), default=500, show_default=True)
+@click.option("--steps", type=click.IntRange(min=5), help="Default: 500 (digits), 1000 (lm).")
 @click.option("--method", "methods", multiple=True, type=click.Choice(list(meta.METHODS)))
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Runs side by side, one thread each. Default: the cores.",
+)
+@click.option(
+    "--work",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where finished runs are kept, to be resumed; default: nowhere.",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -39,66 +71,98 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#0
     show_default="benchmarks/results of this checkout",
     help="Folder for training-meta.json and .png (with --quick training-meta-quick.*).",
 )
-@click.option("--quick", is_flag=True, help="One seed, 30 steps, two methods: a look.")
+@click.option("--quick", is_flag=True, help="One seed, 30 steps, digits, two methods: a look.")
 def meta_command(
-    seeds: int, selection: int, steps: int, methods: tuple[str, ...], out: Path, quick: bool
+    tasks: tuple[str, ...],
+    seeds: int,
+    selection: int,
+    steps: int | None,
+    methods: tuple[str, ...],
+    workers: int | None,
+    folder: Path | None,
+    out: Path,
+    quick: bool,
 ) -> None:
     """Learned update rules and their rivals, started at a learning rate that is wrong."""
     names = tuple(methods) or tuple(meta.METHODS)
-    lrs = meta.LRS
+    chosen = tuple(tasks) or tuple(meta_tasks.TASKS)
     if quick:
-        seeds, selection, steps, lrs = 1, 1, 30, (1e-3, 1e-2)
+        seeds, selection, steps, workers = 1, 1, steps or 30, 1
         names = tuple(methods) or ("adamw", "deep_default")
+        chosen = tuple(tasks) or ("digits",)
     if "adamw" not in names:
         names = ("adamw", *names)  # what all are compared with
-    console = Console() if Console().is_terminal else Console(width=120)
+    console = Console() if Console().is_terminal else Console(width=130)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with Progress(console=console) as progress:
-        task = progress.add_task("methods", total=1 + len(names))
-        results = meta.measure(
-            range(seeds),
-            range(1000, 1000 + selection),
-            steps,
-            names,
-            lrs,
-            advance=lambda: progress.advance(task),
-        )
+    results = {}
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Store((folder or Path(scratch)) / "runs.jsonl", meta.PROTOCOL)
+        with (
+            Progress(*columns, console=console) as progress,
+            Pool(meta.work, store, workers or usable_cores()) as pool,
+        ):
+            bar = progress.add_task("runs", total=0)
+
+            def execute(jobs: list[meta.Job]) -> None:
+                pending = {job for job in jobs if job not in store}
+                progress.update(bar, total=(progress.tasks[0].total or 0) + len(pending))
+                pool(jobs, lambda: progress.advance(bar))
+
+            for name in chosen:
+                task = meta_tasks.TASKS[name]
+                lrs = task.lrs[:2] if quick else task.lrs
+                results[name] = meta.measure(
+                    name,
+                    range(seeds),
+                    range(1000, 1000 + selection),
+                    steps or task.steps,
+                    names,
+                    lrs,
+                    store,
+                    execute,
+                )
     name = "training-meta-quick" if quick else "training-meta"
-    document = {
+    document: dict[str, Any] = {
         "command": "python -m benchmarks training meta" + (" --quick" if quick else ""),
         "config": {
             "seeds": seeds,
             "selection_seeds": selection,
-            "steps": steps,
-            "batch_size": digits.BATCH_SIZE,
-            "lrs": lrs,
+            "batch_size": {"digits": digits.BATCH_SIZE, "lm": meta_tasks.BATCH},
+            "lrs": {k: meta_tasks.TASKS[k].lrs for k in chosen},
             "factors": meta.FACTORS,
+            "workers": workers or usable_cores(),
         },
         "machine": report.machine(),
         "results": results,
         "seconds": time.perf_counter() - started,
     }
+    if "lm" in chosen:
+        document["config"]["text"] = meta_tasks.source().name
     write_json(document, out / f"{name}.json", digits=5)
-    draw(results, steps, out / f"{name}.png")
-    console.print(table(results, steps))
+    draw(results, out / f"{name}.png")
+    for result in results.values():
+        for measured in result["measures"]:
+            console.print(table(result, measured))
     console.print(f"{out / name}.json and .png written")
 
 
-def table(results: dict[str, Any], steps: int) -> Table:
-    """Final training losses, as multiples of tuned AdamW's."""
+def table(result: dict[str, Any], measured: str) -> Table:
+    """Losses at the end, as multiples of tuned AdamW's."""
     drawn = Table(
-        title=f"training loss after {steps} steps, and as a multiple of AdamW's at its tuned "
-        f"learning rate of {results['lr']:g}; the rate was set to so many times that"
+        title=f"{result['label']}: {measured} after {result['steps']} steps, and as a multiple of "
+        f"AdamW's at its tuned rate of {result['lr']:g}; the rate was set to so many times that"
     )
     drawn.add_column("method")
     for factor in meta.FACTORS:
         drawn.add_column(f"x {factor:g}", justify="right")
     drawn.add_column("ms per step", justify="right")
     drawn.add_column("chosen")
-    for row in results["rows"].values():
+    for row in result["rows"].values():
         cells = [
-            f"{e['loss']:.2g} x/÷ {e['loss_factor']:.2f} ({e['of_tuned_adamw']:.3g})"
+            f"{e[measured]:.4g} x/÷ {e[f'{measured}, factor']:.3g} "
+            f"({e['of_tuned_adamw'][measured]:.4g})"
             for e in row["by_factor"].values()
         ]
         speed = f"{row['by_factor']['1']['ms_per_step']:.1f}"
@@ -107,30 +171,35 @@ def table(results: dict[str, Any], steps: int) -> Table:
     return drawn
 
 
-def draw(results: dict[str, Any], steps: int, path: Path) -> None:
-    """Losses by the rate that was set, and multipliers over time."""
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Losses by the rate that was set, and multipliers over time; a line of plots per task."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 4.4), layout="constrained")
-        losses, rates = figure.subplots(1, 2)
-        for (_, row), colour in zip(results["rows"].items(), COLOURS):
-            places = [float(f) for f in row["by_factor"]]
-            found = [entry["loss"] for entry in row["by_factor"].values()]
-            losses.plot(places, found, "o-", color=colour, label=row["label"])
-        losses.set(xscale="log", yscale="log", xlabel="learning rate set / tuned one")
-        losses.set_title(f"training loss after {steps} steps (geometric mean of the seeds)")
-        losses.legend(fontsize=8)
-        learned = next(
-            (results["rows"][k] for k in ("deep", "deep_default") if k in results["rows"]), None
-        )
-        styles = dict(zip(results["rows"]["adamw"]["by_factor"], (":", "-", "--")))
-        for factor, entry in (learned or {"by_factor": {}})["by_factor"].items():
-            columns = list(zip(*entry["multipliers"]))
-            for i, (column, colour) in enumerate(zip(columns, COLOURS[2:])):
-                at = [steps * k / len(column) for k in range(len(column))]
-                label = f"layer {i}, set to x {factor}"
-                rates.plot(at, column, styles[factor], color=colour, label=label)
-        rates.set(yscale="log", xlabel="step")
-        rates.set_title("DeepNestedOptimizer's multipliers (first seed)")
-        if learned:
-            rates.legend(fontsize=7)
+        figure = Figure(figsize=(12, 4.6 * len(results)), layout="constrained")
+        axes = figure.subplots(len(results), 2, squeeze=False)
+        for (losses, rates), result in zip(axes, results.values()):
+            measured = result["measures"][-1]
+            for (_, row), colour in zip(result["rows"].items(), COLOURS):
+                places = [float(f) for f in row["by_factor"]]
+                found = [entry[measured] for entry in row["by_factor"].values()]
+                losses.plot(places, found, "o-", color=colour, label=row["label"])
+            losses.set(xscale="log", yscale="log", xlabel="learning rate set / tuned one")
+            losses.set_title(f"{result['label']}: {measured} (mean of the seeds)")
+            losses.legend(fontsize=7)
+            styles = dict(zip(result["rows"]["adamw"]["by_factor"], (":", "-", "--")))
+            shown = [
+                (key, colour)
+                for key, colour in (("deep_default", "#0072B2"), ("deep_lr", "#D55E00"))
+                if key in result["rows"]
+            ]
+            for key, colour in shown:
+                row = result["rows"][key]
+                for factor, entry in row["by_factor"].items():
+                    column = [sum(v) / len(v) for v in entry["multipliers"]]
+                    at = [result["steps"] * k / len(column) for k in range(len(column))]
+                    label = f"{row['label']}, set to x {factor}"
+                    rates.plot(at, column, styles[factor], color=colour, label=label)
+            rates.set(yscale="log", xlabel="step")
+            rates.set_title("multipliers (first seed)")
+            if shown:
+                rates.legend(fontsize=7)
         figure.savefig(path, dpi=110)

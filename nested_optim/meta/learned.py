@@ -33,6 +33,13 @@ LAYERS = 2
 
 _BETAS, _EPS = (0.9, 0.99), 1e-8
 
+#: What mixing weights' parameters are multiplied by; see ``networks.GAIN``.
+_MIXING_GAIN = networks.GAIN / 2
+
+#: How far a step down a sum of cosines' gradients may take a module's weights. Outputs have
+#: derivatives of length 16 to 40 by them: a multiplier changes by a factor of about two at most.
+TRUST = 0.02
+
 
 def modules(group: Mapping[str, Any]) -> list[str]:
     """The learned modules that these options switch on."""
@@ -153,7 +160,7 @@ def inputs(
     if "mixing" in flats:
         flat = flats["mixing"]
         first = torch.arange(len(flat), device=flat.device) == 0
-        mixing = networks.bounded(flat, -1.0, 1.0) + first
+        mixing = networks.bounded(_MIXING_GAIN * flat, -1.0, 1.0) + first
     return Inputs(multiplier, scale, shift, damping, mixing)
 
 
@@ -175,19 +182,27 @@ def inputs_of(
     )
 
 
-def gather(first: dict[str, Any], grads: Mapping[str, Tensor]) -> None:
+def gather(
+    first: dict[str, Any], grads: Mapping[str, Tensor], length: Tensor | None = None
+) -> None:
     """Add to the gradients gathered since the last meta update; one that is not finite is left
-    out."""
+    out.
+
+    Args:
+        first: the group that holds them.
+        grads: for each module one of its weights' shape.
+        length: what they are divided by, 0-d; None divides by nothing.
+    """
     for module, grad in grads.items():
         kept = first[f"{module}_grad"]
-        grad = grad.detach().to(kept)
+        grad = (grad.detach() if length is None else grad.detach() / length).to(kept)
         kept.add_(torch.where(torch.isfinite(grad).all(), grad, torch.zeros_like(grad)))
 
 
-def meta_step(first: dict[str, Any], count: int) -> Tensor:
-    """One Adam step of every module on its gathered gradient's mean over ``count`` steps.
+def meta_step(first: dict[str, Any], count: int, rule: str) -> Tensor:
+    """One step of every module on the gradient gathered in ``count`` steps, which returns to 0.
 
-    The gathered gradients return to 0.
+    ``rule="adam"``: Adam on their mean. ``"cosine"``: down their sum, by ``TRUST`` at most.
 
     Returns:
         The norm of the controller's (or, without one, of all modules') mean gradient, 0-d.
@@ -198,6 +213,11 @@ def meta_step(first: dict[str, Any], count: int) -> Tensor:
         flat, exp_avg, exp_avg_sq, total = (first[f"{module}_{part}"] for part in PARTS)
         grad = total / count
         norms[module] = torch.linalg.vector_norm(grad)
+        if rule == "cosine":
+            length = torch.linalg.vector_norm(total) * first["meta_lr"]
+            flat.addcmul_(total, (TRUST / length).clamp(max=1.0), value=-first["meta_lr"])
+            total.zero_()
+            continue
         new = rules.adamw(
             flat,
             grad,

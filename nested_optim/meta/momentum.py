@@ -15,6 +15,10 @@ from .features import TENSOR_FEATURES, dot, norm, tensor_features
 #: scale within a factor of 10; shift as far as one whole gradient
 _SCALE = math.log(10.0)
 _SHIFT = 1.0
+#: How fast scale, shift and damping are learned beside a multiplier. What one step says about shift
+#: and damping is mostly that momentum is too old for the next step; learned at the same pace, they
+#: cost a small language model 5 to 10 % of its loss (short-horizon bias).
+_PACES = (1 / 4, 1 / 16, 1 / 32)
 
 
 class Correction(NamedTuple):
@@ -42,7 +46,7 @@ def corrections(
         beta: the momentum's decay rate.
     """
     out = networks.mlp(weights, features, hidden, 3, layers)
-    scale, shift, damping = out.unbind(-1)
+    scale, shift, damping = (part * pace for part, pace in zip(out.unbind(-1), _PACES))
     longest = 0.5 * (1 - beta) / beta if beta > 0 else 1.0
     return Correction(
         torch.exp(networks.bounded(scale, -_SCALE, _SCALE)),

@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..names import find_parameters
+from ..optimizer import ParamsT
+from ..param_groups import group_titans_params
 from . import learned
 from .continuum import check_frequencies
 from .controller import check_count, check_range
 
 MODES = ("simple", "explicit")
+#: How learned weights follow their gradients. There is no angle to the gradient of an unroll.
+META_RULES = {"simple": ("cosine", "adam"), "explicit": ("adam",)}
 UNROLLS = ("exact", "stepwise", "first_order")
 #: How many momenta a parameter may have.
 MAX_MOMENTA = 8
@@ -29,6 +34,7 @@ SHARED = (
     "controller_hidden_dim",
     "mode",
     "meta_update_freq",
+    "meta_rule",
     "unroll",
     "min_lr_mult",
     "max_lr_mult",
@@ -73,6 +79,13 @@ def check(options: dict[str, Any], where: str) -> dict[str, Any]:
             raise ValueError(
                 f"{where}Invalid {key}: {options[key]!r}. Choose one of {', '.join(choices)}"
             )
+    if options["meta_rule"] is None:
+        canonical["meta_rule"] = "cosine" if options["mode"] == "simple" else "adam"
+    elif options["meta_rule"] not in META_RULES[options["mode"]]:
+        raise ValueError(
+            f"{where}Invalid meta_rule: {options['meta_rule']!r}. Choose one of "
+            f"{', '.join(META_RULES[options['mode']])} for mode={options['mode']!r}, or None"
+        )
     low, high = check_range(options["min_lr_mult"], options["max_lr_mult"], where)
     canonical.update(min_lr_mult=low, max_lr_mult=high)
     rate = options["meta_lr"]
@@ -109,3 +122,44 @@ def check_plain_only(options: Mapping[str, Any], where: str) -> None:
         raise RuntimeError(
             f"{where}a learned update does not support betas that are tensors: give numbers"
         )
+
+
+def subject(
+    first: nn.Module | ParamsT | None,
+    model: nn.Module | None,
+    params: ParamsT | None,
+    param_groups: ParamsT | None,
+) -> tuple[nn.Module | None, ParamsT | None]:
+    """The model and the parameters that a constructor was given, in whichever way.
+
+    Args:
+        first: its first argument, a model or parameters.
+        model: named.
+        params: named.
+        param_groups: named; another name of ``params``.
+
+    Raises:
+        TypeError: one of them was given twice.
+    """
+    if isinstance(first, nn.Module):
+        if model is not None and model is not first:
+            raise TypeError("two models were given: as the first argument and as `model=`")
+        model = first
+    elif first is not None:
+        if params is not None:
+            raise TypeError("parameters were given twice: as the first argument and `params=`")
+        params = first
+    if params is None and param_groups is None and model is not None:
+        params = _groups_of(model)
+    return model, params
+
+
+def _groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The two groups of a bare model, ``core`` and, where it has one, ``memory``."""
+    memory = set(group_titans_params(model)[1])
+    named = find_parameters(model).trainable.items()
+    groups = [
+        {"name": "core", "params": [(n, p) for n, p in named if p not in memory]},
+        {"name": "memory", "params": [(n, p) for n, p in named if p in memory]},
+    ]
+    return [group for group in groups if group["params"]]

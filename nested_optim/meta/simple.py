@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_value
 
-from ..rules.deep_nested import alignments, next_loss
+from ..rules.deep_nested import alignments, next_loss, product
 from . import learned
 from .features import GROUP_FEATURES, TENSOR_FEATURES, beside
 
@@ -80,7 +80,7 @@ def second_moment(group: dict[str, Any], state: dict[str, Any]) -> Tensor | None
 
 def hypergradients(
     first: dict[str, Any], state: Any, dues: Iterable[Due], slow_keys: Sequence[str]
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """The derivative of the loss behind these gradients by every learned weight.
 
     Args:
@@ -90,20 +90,22 @@ def hypergradients(
         slow_keys: where a parameter's state keeps its slow momenta.
 
     Returns:
-        For each module a tensor of its weights' shape; empty where nothing was updated before.
+        For each module a tensor of its weights' shape, and the product of the lengths of the
+        gradients and of what their parameters' last updates moved, over all tensors: of the
+        momentum's part of these, as the learned parts scale it. Empty and None where nothing was
+        updated before.
     """
     with torch.enable_grad():
         flats = learned.weights(first, requires_grad=True)
-        losses = [
-            loss
-            for due in dues
-            if (loss := _next_losses(first, flats, state, due, slow_keys)) is not None
-        ]
-        if not losses or not flats:
-            return {}
-        total = torch.stack(losses).sum()
-        found = torch.autograd.grad(total, list(flats.values()), allow_unused=True)
-    return {m: torch.zeros_like(flats[m]) if g is None else g for m, g in zip(flats, found)}
+        found = [_next_losses(first, flats, state, due, slow_keys) for due in dues]
+        known = [pair for pair in found if pair is not None]
+        if not known or not flats:
+            return {}, None
+        total = torch.stack([loss for loss, _ in known]).sum()
+        grads = torch.autograd.grad(total, list(flats.values()), allow_unused=True)
+    squares = torch.stack([lengths for _, lengths in known]).sum(0)
+    by_module = {m: torch.zeros_like(flats[m]) if g is None else g for m, g in zip(flats, grads)}
+    return by_module, squares.sqrt().prod()
 
 
 def _next_losses(
@@ -112,29 +114,29 @@ def _next_losses(
     state: Any,
     due: Due,
     slow_keys: Sequence[str],
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor] | None:
     group = due.group
-    rows, traces, corrections = [], [], []
+    rows, lengths, traces, corrections = [], [], [], []
     beta1 = group["betas"][0]
     for p, grad in zip(due.params, due.grads):
         kept = state[p]
         step = _get_value(kept["step"])
         if step < 1 or not kept.keys() >= {"previous_grad", *slow_keys}:
             continue  # not updated yet, or not with what has been switched on since
-        rows.append(
-            alignments(
-                grad,
-                p.detach(),
-                kept["previous_grad"],
-                kept["exp_avg"],
-                second_moment(group, kept),
-                [kept[key] for key in slow_keys],
-                step=step,
-                betas=group["betas"],
-                eps=group["eps"],
-                frequencies=group["cms_frequencies"][: len(slow_keys) + 1],
-            )
+        row, length = alignments(
+            grad,
+            p.detach(),
+            kept["previous_grad"],
+            kept["exp_avg"],
+            second_moment(group, kept),
+            [kept[key] for key in slow_keys],
+            step=step,
+            betas=group["betas"],
+            eps=group["eps"],
+            frequencies=group["cms_frequencies"][: len(slow_keys) + 1],
         )
+        rows.append(row)
+        lengths.append(length)
         traces.append(kept["update_trace"])
         corrections.append(1 - beta1**step)
     if not rows:
@@ -147,7 +149,7 @@ def _next_losses(
     lr, weight_decay = trace[:, 0], trace[:, 1]
     of_group, of_tensors = trace[:, 2:].split([GROUP_FEATURES, TENSOR_FEATURES], dim=1)
     inputs = learned.inputs(group, flats, beta1, of_group, of_tensors)
-    return next_loss(
+    loss = next_loss(
         products,
         inputs,
         lr=lr,
@@ -155,3 +157,10 @@ def _next_losses(
         beta=like.new_full((), beta1),
         correction=beside(like, corrections),
     ).sum()
+    with torch.no_grad():
+        squares = torch.stack([length.to(like) for length in lengths])
+        first_weight = None if inputs.mixing is None else inputs.mixing[0]
+        size = product(lr, inputs.multiplier, inputs.scale, first_weight)
+        assert size is not None
+        moved = torch.stack([squares[:, 0], size.square() * squares[:, 1]]).sum(1)
+    return loss, moved

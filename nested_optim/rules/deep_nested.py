@@ -263,7 +263,7 @@ def alignments(
     betas: tuple[float, float],
     eps: float,
     frequencies: Sequence[int] = (1,),
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     r"""Products of a gradient with the parts of the update before it.
 
     Args:
@@ -281,7 +281,8 @@ def alignments(
     Returns:
         ``(3 + slow momenta,)``: with :math:`h = g / (\sqrt{\hat v} + \epsilon)`, the products of g
         with the parameter, and of h with :math:`\hat m`, the last gradient, and each
-        :math:`\hat m_i`.
+        :math:`\hat m_i`. ``(2,)``: the squared lengths of g and of
+        :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
     """
     correction1, correction2 = bias_corrections(step, betas)
     wide = torch.promote_types(param.dtype, torch.float32)
@@ -291,10 +292,10 @@ def alignments(
         second = None if second is None else torch.view_as_real(second)
         wide = wide.to_real()
     grad, param, last_grad, exp_avg, *slow = (t.to(wide).reshape(-1) for t in tensors)
-    scaled = grad
+    scaled, direction = grad, exp_avg
     if second is not None:
         denominator = (second.to(wide).reshape(-1).sqrt() / correction2**0.5).add_(eps)
-        scaled = grad / denominator
+        scaled, direction = grad / denominator, exp_avg / denominator
     weights = [slow_weight(step, f, betas[0]) for f in frequencies[1:]]
     products = [
         torch.dot(grad, param),
@@ -302,7 +303,8 @@ def alignments(
         torch.dot(scaled, last_grad),
         *(torch.dot(scaled, m) / weight for m, weight in zip(slow, weights)),
     ]
-    return torch.stack(products)
+    lengths = [torch.dot(grad, grad), torch.dot(direction, direction) / correction1**2]
+    return torch.stack(products), torch.stack(lengths)
 
 
 def next_loss(
