@@ -16,8 +16,8 @@ from .features import TENSOR_FEATURES, dot, norm, tensor_features
 _SCALE = math.log(10.0)
 _SHIFT = 1.0
 #: How fast scale, shift and damping are learned beside a multiplier. What one step says about shift
-#: and damping is mostly that momentum is too old for the next step; learned at the same pace, they
-#: cost a small language model 5 to 10 % of its loss (short-horizon bias).
+#: and damping is mostly that momentum is too old for the next step (short-horizon bias); learned at
+#: a multiplier's pace they do harm.
 _PACES = (1 / 4, 1 / 16, 1 / 32)
 
 
