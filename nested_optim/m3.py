@@ -17,8 +17,10 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from . import rules
+from . import kernels, rules
+from .fused import FusedSteps
 from .levels import check_frequency
+from .m3_fused import FusedMatrices
 from .m3_steps import (
     _multi_tensor_m3,
     _single_tensor_m3,
@@ -34,6 +36,9 @@ from .tensors import resolve_dtype
 ALGORITHMS = ("m3", "adamw")
 MODES = ("ema", "paper")
 SECOND_MOMENTS = ("row", "element")
+
+# Options that change from step to step, and are right as long as they are not negative.
+_SCHEDULED = ("lr", "weight_decay")
 
 _M3_BETAS = (0.95, 0.95, 0.9)
 _ADAMW_BETAS = (0.9, 0.999)
@@ -118,6 +123,10 @@ class M3(NestedOptimizer):
         }
         LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups, memory=memory)
 
+    _matrices: FusedMatrices | None = None  # made by the first step of a group with ``fused``
+    #: Groups, and the options they had when these were checked.
+    _checked: tuple[tuple[dict[str, Any], tuple[Any, ...]], ...] = ()
+
     _moment_keys = (*NestedOptimizer._moment_keys, "momentum_buffer")
     _wide_keys = (*NestedOptimizer._wide_keys, "slow_momentum_buffer")
     _counter_keys = (*NestedOptimizer._counter_keys, "slow_count")
@@ -178,14 +187,13 @@ class M3(NestedOptimizer):
         for key, wrong, why in (
             ("amsgrad", True, "is AdamW's: set it on groups with algorithm='adamw'"),
             ("decoupled", False, "would orthogonalise the weight decay away: leave it at True"),
-            ("fused", True, "has no kernel for M3's rule: set it on groups of algorithm='adamw'"),
         ):
             if options[key] is wrong:
                 raise ValueError(f"{where}{key}={wrong} {why}")
-        if paper and (options["foreach"] or options["capturable"]):
+        if paper and (options["foreach"] or options["capturable"] or options["fused"]):
             raise ValueError(
                 f"{where}mode='paper' runs tensor by tensor, its chunks counted on the host: leave "
-                "foreach and capturable off"
+                "foreach, capturable and fused off"
             )
         return canonical
 
@@ -195,8 +203,19 @@ class M3(NestedOptimizer):
                 raise RuntimeError(f"{where}algorithm='adamw' needs betas of two numbers")
             super()._check_edits(group, where)
             return
+        values = tuple(group.get(key) for key in self.defaults)
+        for known, checked in self._checked:
+            if known is group and all(
+                new is old or (key in _SCHEDULED and type(new) is float and new >= 0)
+                for key, new, old in zip(self.defaults, values, checked)
+            ):
+                return
         super()._check_edits({**group, "betas": ()}, where)
         self._check_options(group, where)
+        # The very objects that were checked need no second look, unless they can be edited.
+        others = [g for g in self.param_groups if g is not group]
+        kept = tuple(entry for entry in self._checked if any(entry[0] is g for g in others))
+        self._checked = (*kept, (group, values)) if all(map(_is_fixed, values)) else kept
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -222,6 +241,11 @@ class M3(NestedOptimizer):
     def _check_parameter(self, param: Tensor, group: dict[str, Any], where: str) -> None:
         super()._check_parameter(param, group, where)
         _check_matrix(group, param, f"{where} ")
+        if group["algorithm"] == "m3" and group["fused"] and not kernels.available(param.device):
+            raise RuntimeError(
+                f"`fused=True` for matrices needs Triton and a CUDA device, but {where} is on "
+                f"{param.device}; leave `fused` at None, or set it on groups of algorithm='adamw'"
+            )
 
     def _import_group(self, group: dict[str, Any]) -> dict[str, Any]:
         group = super()._import_group(group)
@@ -234,6 +258,18 @@ class M3(NestedOptimizer):
         if group["algorithm"] == "m3" and group["mode"] == "paper":
             return False
         return super()._uses_foreach(group, params)
+
+    def _fused_steps(self) -> FusedSteps | None:
+        # For AdamW's kernels there is nothing in groups of matrices.
+        if all(group["algorithm"] == "m3" for group in self.param_groups):
+            return None
+        return super()._fused_steps()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._checked = ()
+        if self._matrices is not None:
+            self._matrices.forget()
 
     @_use_grad_for_differentiable
     def _step_while_compiling(self, closure: Any) -> Any:
@@ -294,30 +330,73 @@ class M3(NestedOptimizer):
         if group["algorithm"] == "adamw":
             super()._update(group, params, grads)
             return
-        states = [self.state[p] for p in params]
+        states = list(map(self.state.__getitem__, params))
+        if not group["fused"]:
+            self._complete(group, params, states)
+            _count([state["step"] for state in states])
+            self._run_on_torch(group, params, grads, states)
+            return
+        if self._matrices is None:
+            self._matrices = FusedMatrices()
+        plan = self._matrices.find(group, params, states, grads)
+        if plan is None:
+            self._complete(group, params, states)
+            plan = self._matrices.make(group, params, states, grads)
+        _count(plan.steps)
+        self._matrices.run(plan, group, grads)
+        if left := plan.left:
+            lists: Any = ([its[i] for i in left] for its in (params, grads, states))
+            self._run_on_torch(group, *lists)
+
+    def _complete(
+        self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        """Give each state what it lacks, with counters where the group's options want them."""
+        needed = {"momentum_buffer"}
+        if group["alpha"] or group["mode"] == "paper":
+            needed |= {"slow_momentum_buffer", "slow_update", "slow_count"}
+        if group["second_moment"] is not None:
+            needed.add("second_moment")
         for i, (p, state) in enumerate(zip(params, states)):
-            self._init_state(p, group, state)  # for what was switched on in mid-run
-            second, shape = state.get("second_moment"), self._state_shape(p, group, "second_moment")
-            if group["second_moment"] and second is not None and tuple(second.shape) != shape:
-                raise RuntimeError(
-                    f"parameter {i} has a second moment of shape {tuple(second.shape)}, and "
-                    f"second_moment={group['second_moment']!r} needs {shape}: it cannot be changed "
-                    "while training; delete 'second_moment' from the parameter's state to start "
-                    "a new one"
-                )
+            if group["kahan_sum"] or not needed <= state.keys():
+                self._init_state(p, group, state)  # for what was switched on in mid-run
+            if group["second_moment"] is not None:
+                second = state["second_moment"]
+                shape = self._state_shape(p, group, "second_moment")
+                if tuple(second.shape) != shape:
+                    raise RuntimeError(
+                        f"parameter {i} has a second moment of shape {tuple(second.shape)}, and "
+                        f"second_moment={group['second_moment']!r} needs {shape}: it cannot be "
+                        "changed while training; delete 'second_moment' from the parameter's "
+                        "state to start a new one"
+                    )
             if group["capturable"]:
                 for key in self._counter_keys:
                     if key in state and state[key].device != p.device:
                         state[key] = state[key].to(p.device)
             elif "slow_count" in state and not state["slow_count"].is_cpu:
                 state["slow_count"] = state["slow_count"].cpu()
-        _count([state["step"] for state in states])
+            if group["fused"] and state["step"].device != p.device:
+                state["step"] = state["step"].to(p.device)
 
+    def _run_on_torch(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+    ) -> None:
+        """The rule with torch's operations, on parameters whose state is complete."""
         # The rule works in one dtype: the wider of the parameter's and its momentum's.
         kahan = [bool(group["kahan_sum"]) and "kahan_comp" in state for state in states]
         work, wide_grads = [], []
         for p, state, grad, compensated in zip(params, states, grads, kahan):
-            dtype = torch.promote_types(p.dtype, state["momentum_buffer"].dtype)
+            dtype = state["momentum_buffer"].dtype
+            if not compensated and p.dtype == dtype == grad.dtype:
+                work.append(p)
+                wide_grads.append(grad)
+                continue
+            dtype = torch.promote_types(p.dtype, dtype)
             if compensated:
                 dtype = torch.promote_types(dtype, torch.float32)
                 work.append(rules.kahan_join(p, state["kahan_comp"], dtype))
@@ -328,7 +407,7 @@ class M3(NestedOptimizer):
         together = [
             i for i, p in enumerate(work) if foreach and reads_in_place(p, states[i], group)
         ]
-        alone = [i for i in range(len(work)) if i not in set(together)]
+        alone = sorted(set(range(len(work))) - set(together))
         for indices, path in ((alone, _single_tensor_m3), (together, _multi_tensor_m3)):
             if indices:
                 path(
@@ -342,6 +421,13 @@ class M3(NestedOptimizer):
                 state["kahan_comp"].copy_(rules.kahan_split(result, p.dtype)[1])
             if result is not p:
                 p.copy_(result)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether an option's value stays what it is, or cannot be looked at without waiting."""
+    if isinstance(value, (Tensor, tuple)):
+        return all(map(_is_fixed, value)) if isinstance(value, tuple) else not value.is_cpu
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def _default_betas(algorithm: str, mode: str) -> tuple[float, ...]:
@@ -492,7 +578,10 @@ M3.__doc__ = rf"""Multi-scale momentum Muon for matrices and AdamW for the rest,
             kept where a chunk ends: right in every replay, but twice the work.
         {_differentiable_doc}
         fused (bool, optional): for groups with ``algorithm="adamw"``, as in
-            :class:`NestedOptimizer`; the default on CUDA.
+            :class:`NestedOptimizer`; the default on CUDA. For matrices True asks for Triton kernels
+            around the orthogonalisation, on CUDA, instead of foreach, which is the default there.
+            Sharded, float64 and non-contiguous parameters, and with ``kahan_sum`` narrow ones, go
+            through torch's operations all the same.
         param_groups (iterable): the same as ``params``.
         memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
             frequencies, or a dict of its arguments (default: None).

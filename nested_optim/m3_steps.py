@@ -7,7 +7,7 @@ updates parameters and states in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -114,6 +114,31 @@ def _advance_chunk(state: dict[str, Any], group: dict[str, Any]) -> Any:
     return ends
 
 
+def advance_chunks(
+    counts: list[Tensor], frequency: int, on_device: bool
+) -> list[bool] | list[Tensor]:
+    """Count one update in each running chunk; which of them it ends (tensors on the device)."""
+    if on_device:
+        moved = torch.stack(counts) + 1
+        ends = moved >= frequency
+        torch._foreach_copy_(counts, list(moved.masked_fill(ends, 0).unbind()))
+        return list(ends.unbind())
+    values = [count.item() + 1 for count in counts]
+    ended = [value >= frequency for value in values]
+    if not any(ended):
+        torch._foreach_add_(counts, _ONE, alpha=1.0)
+    elif all(ended):
+        torch._foreach_zero_(counts)
+    else:
+        for count, value, end in zip(counts, values, ended):
+            count.fill_(0 if end else value)
+    return ended
+
+
+# Wrapped once: a Python number would be wrapped anew for each CPU tensor.
+_ONE = torch.tensor(1.0)
+
+
 def _multi_tensor_m3(
     params: list[Tensor],
     grads: list[Tensor],
@@ -145,14 +170,16 @@ def _multi_tensor_m3(
         ends: list[Any] = [False] * len(bucket)
         if alpha:
             slow = [state["slow_momentum_buffer"] for state in held]
+            counts = [state["slow_count"] for state in held]
             if group["capturable"]:
-                opens = [state["slow_count"] == 0 for state in held]
-                torch._foreach_mul_(slow, [torch.where(x, beta3, 1.0).to(slow[0]) for x in opens])
-            elif opening := [m for m, s in zip(slow, held) if _get_value(s["slow_count"]) == 0]:
+                opens = torch.stack(counts) == 0
+                scales = torch.where(opens, beta3, 1.0).to(slow[0])
+                torch._foreach_mul_(slow, list(scales.unbind()))
+            elif opening := [m for m, count in zip(slow, counts) if count.item() == 0]:
                 torch._foreach_mul_(opening, beta3)
             share = (1 - beta3) / group["slow_frequency"]
             torch._foreach_add_(slow, [g.to(slow[0].dtype) for g in grads_], alpha=share)
-            ends = [_advance_chunk(state, group) for state in held]
+            ends = list(advance_chunks(counts, group["slow_frequency"], group["capturable"]))
 
         matrices: list[Tensor] = []
         places: list[tuple[int, int, bool]] = []  # parameter, which of its matrices, of M2
@@ -165,9 +192,11 @@ def _multi_tensor_m3(
                 places += [(k, j, True) for j in range(len(matrices) - len(places))]
         work = torch.promote_types(dtype, torch.float32)
 
-        def pieces(tensors: Iterable[Tensor], of: list[tuple[int, int, bool]]) -> list[Tensor]:
-            split = list(map(form.split, tensors))
-            return [split[k][j] for k, j, _ in of]
+        # Views of what is read and written, made once for all batches.
+        second = group["second_moment"] is not None
+        seconds_of = [form.split(s["second_moment"]) for s in held] if second else []
+        slows_of = [form.split(s["slow_update"]) for s in held] if alpha else []
+        targets_of = list(map(form.split, bucket))
 
         for batch in orthogonal_batches(
             matrices,
@@ -182,11 +211,9 @@ def _multi_tensor_m3(
             if n_fast:
                 here = of[:n_fast]
                 fast = batch.result[: sum(batch.counts[:n_fast])]
-                seconds = []
-                if group["second_moment"] is not None:
-                    seconds = pieces((s["second_moment"] for s in held), here)
-                slows = pieces((s["slow_update"] for s in held), here) if alpha else []
-                direction, ratio, second = rules.m3_direction(
+                seconds = [seconds_of[k][j] for k, j, _ in here] if second else []
+                slows = [slows_of[k][j] for k, j, _ in here] if alpha else []
+                direction, ratio, moment = rules.m3_direction(
                     fast.to(work) if alpha or seconds else fast,
                     torch.cat(slows).to(work) if slows else None,
                     torch.cat(seconds) if seconds else None,
@@ -198,18 +225,18 @@ def _multi_tensor_m3(
                     group["adjust_lr"], fast.size(1), fast.size(2), form.out_dim
                 )
                 counts = batch.counts[:n_fast]
-                targets = pieces(bucket, here)
+                targets = [targets_of[k][j] for k, j, _ in here]
                 if ratio is None and not isinstance(size, Tensor):
                     torch._foreach_add_(targets, list(direction.split(counts)), alpha=-size)
                 else:
                     factor = size if ratio is None else size * ratio
                     moves = (factor * direction.to(work)).to(dtype)
                     torch._foreach_sub_(targets, list(moves.split(counts)))
-                if second is not None:
-                    torch._foreach_copy_(seconds, list(second.split(counts)))
+                if moment is not None:
+                    torch._foreach_copy_(seconds, list(moment.split(counts)))
             # Only now: this update still takes what the chunk before has left.
             for (k, j, _), fresh in zip(of[n_fast:], parts[n_fast:]):
-                target = form.split(held[k]["slow_update"])[j]
+                target = slows_of[k][j]
                 end = ends[k]
                 kept = torch.where(end, fresh, target) if isinstance(end, Tensor) else fresh
                 target.copy_(kept)

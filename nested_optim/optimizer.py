@@ -469,9 +469,10 @@ class LevelOptimizer(Optimizer, abc.ABC):
         fused = self._fused_steps()
         if fused is not None and fused.serves_all(self):
             return True
-        return all(g["fused"] and g["frequency"] == 1 for g in self.param_groups) and not any(
-            self._pending(p) for g in self.param_groups for p in g["params"]
-        )
+        return all(
+            g["fused"] and g["frequency"] == 1 and g.get("algorithm", "adamw") == "adamw"
+            for g in self.param_groups
+        ) and not any(self._pending(p) for g in self.param_groups for p in g["params"])
 
     def _amp_scaling(self) -> dict[str, Tensor]:
         """``grad_scale`` and ``found_inf`` as the scaler left them on the optimizer."""

@@ -144,3 +144,30 @@ def test_delta_momentums_passes_compile_to_accesses_of_16_bytes(dtypes, on_devic
         for access in ("ld.global", "st.global"):
             wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
             assert len(wide) >= 2
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32, BF16), (BF16, BF16, BF16, BF16)])
+@pytest.mark.parametrize("slow, on_device", [(False, False), (True, False), (True, True)])
+def test_m3s_passes_compile_to_accesses_of_16_bytes(dtypes, slow, on_device, monkeypatch):
+    module = without_interpreter("nested_optim.kernels.momenta", monkeypatch)
+    param, grad, momentum, update = map(module.DTYPES.get, dtypes)
+    numbers = dict.fromkeys(("weight", "beta1", "beta3", "scale", "share"), "fp32")
+    kinds = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "stack": "*fp32", **numbers}
+    constants = {"GRAD": grad, "MOMENTUM": momentum, "SLOW": slow, "COUNTED": on_device}
+    constants |= {"NESTEROV": True, "MAXIMIZE": False, "CHUNK": module.CHUNK}
+    programs = [lines_of_ptx(module.momenta_kernel, kinds, constants, module.NUM_WARPS)]
+
+    numbers = dict.fromkeys(("alpha", "weight2", "eps", "size", "decay"), "fp32")
+    kinds = {"rows": "*i64", "x": "*fp16", "sums": "*fp32", "sizes": "*fp32"}
+    kinds |= {"per_matrix": "i32", **numbers}
+    constants = {"PARAM": param, "UPDATE": update, "SLOW": slow, "MOMENT": slow, "RATIO": slow}
+    constants |= {"SIZED": on_device, "ALIGNED": True, "CHUNK": module.CHUNK}
+    for measure in (False, True) if slow else (False,):
+        constants["MEASURE"] = measure
+        programs.append(lines_of_ptx(module.move_kernel, kinds, constants, module.NUM_WARPS))
+    # Both momenta and the buffer; parameter, stack, slow update and second moment.
+    for lines, loads, stores in zip(programs, (2 + slow, 2 + 2 * slow, 3), (2 + slow, 1, 1)):
+        for access, least in (("ld.global", loads), ("st.global", stores)):
+            wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
+            assert len(wide) >= least

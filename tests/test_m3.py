@@ -287,7 +287,7 @@ def test_it_fits_a_linear_map(options):
         ({"max_batch_bytes": 0}, "Invalid max_batch_bytes: 0"),
         ({"amsgrad": True}, "amsgrad=True is AdamW's"),
         ({"decoupled": False}, "decoupled=False would orthogonalise"),
-        ({"fused": True}, "fused=True has no kernel for M3's rule"),
+        ({"mode": "paper", "fused": True}, "leave foreach, capturable and fused off"),
         ({"betas": (0.9, 0.9, 1.0)}, "Invalid beta parameter at index 2"),
         ({"betas": (torch.tensor(0.9), 0.9, 0.9)}, r"betas\[0\] as a Tensor is not supported"),
     ],
@@ -341,6 +341,45 @@ def test_options_edited_to_what_a_step_cannot_do_are_refused_before_it():
         assert_unchanged(optimizer, before)
         optimizer.param_groups[0][key] = right
     optimizer.step()
+
+
+def test_edits_are_checked_however_often_the_options_were_right_before():
+    params = make_params((4, 6))
+    optimizer = trained(params, range(3), ns_coefficients=[(2.0, -1.5, 0.5)] * 5)
+    group = optimizer.param_groups[0]
+    rates = torch.tensor([0.1]).reshape(())
+    for key, right, wrong in (
+        ("lr", 0.3, -0.1), ("weight_decay", 0.2, -0.2), ("betas", (0.9, 0.9, 0.9), (1, 2)),
+        ("split_sizes", [2, 2], [2, -2]), ("lr", rates, rates.neg()),
+    ):  # fmt: skip
+        before = group[key]
+        for value in (right, right, wrong):
+            if isinstance(group[key], list) and isinstance(value, list):
+                group[key][:] = value  # the very same object
+            elif isinstance(group[key], torch.Tensor) and isinstance(value, torch.Tensor):
+                group[key].copy_(value.clone())
+            else:
+                group[key] = value
+            set_grads(params, random_grads(params, 2))
+            if value is not wrong:
+                optimizer.step()
+                continue
+            held = snapshot(optimizer)
+            with pytest.raises((ValueError, RuntimeError)):
+                optimizer.step()
+            assert_unchanged(optimizer, held)
+        group[key] = before
+    optimizer.step()
+
+
+def test_kernels_that_are_asked_for_where_there_are_none_are_refused_at_the_first_step():
+    params = make_params((4, 6))
+    optimizer = M3([("layer.weight", params[0])], fused=True)
+    set_grads(params, random_grads(params, 0))
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"needs Triton and a CUDA device.*'layer.weight'.*cpu"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
 
 
 def test_p_squared_in_a_matrix_descends_as_sgd_would():

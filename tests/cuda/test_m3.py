@@ -22,6 +22,10 @@ def parameters(dtype=F32):
     return [Parameter(gaussian(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(SHAPES)]
 
 
+def kernels_serve_all(optimizer):
+    return [len(plan.left) for plan in optimizer._matrices._plans.values()] == [0]
+
+
 def give_gradients(params, seed):
     for i, p in enumerate(params):
         p.grad = gaussian(*p.shape, seed=100 * seed + i, dtype=p.dtype)
@@ -84,11 +88,75 @@ def test_foreach_does_what_the_loop_does_in_float64(options):
         torch.testing.assert_close(params, twins, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"maximize": True}, {"nesterov": False}, {"lr": torch.tensor(0.05)}], ids=str
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_default_is_near_the_rule_in_float64(options):
+def test_the_kernels_are_the_rule(options, more):
+    params, twins = parameters(), parameters()
+    options = {"lr": 0.05, "slow_frequency": 3, "ns_dtype": "float32", **options, **more}
+    fused, loop = M3(params, fused=True, **options), M3(twins, foreach=False, **options)
+    for seed in range(7):
+        for optimizer, its in ((fused, params), (loop, twins)):
+            give_gradients(its, seed)
+            optimizer.step()
+        torch.testing.assert_close(params, twins, rtol=1e-4, atol=1e-4)
+    for p, q in zip(params, twins):
+        for key, value in fused.state[p].items():
+            torch.testing.assert_close(value.cpu(), loop.state[q][key].cpu(), rtol=1e-3, atol=1e-3)
+    assert kernels_serve_all(fused)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "shape, form",
+    [
+        ((384, 128), {"split_sizes": (128, 128, 128)}),
+        ((128, 390), {"split_sizes": (130, 260), "out_dim": 1}),
+        ((96, 130), {"num_heads": 3}),
+        ((4, 64, 128), {"flatten": False}),
+        ((32, 16, 3, 3), {}),
+    ],
+    ids=str,
+)
+def test_the_kernels_find_matrices_within_parameters(shape, form, options):
+    options = {"lr": 0.05, "slow_frequency": 2, "ns_dtype": "float32", **options, **form}
+    params, twins = ([Parameter(gaussian(*shape, seed=i)) for i in range(3)] for _ in range(2))
+    fused, loop = M3(params, fused=True, **options), M3(twins, foreach=False, **options)
+    for seed in range(5):
+        for optimizer, its in ((fused, params), (loop, twins)):
+            give_gradients(its, seed)
+            optimizer.step()
+    torch.testing.assert_close(params, twins, rtol=1e-4, atol=1e-4)
+    assert kernels_serve_all(fused)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_kernels_round_narrow_parameters_about_as_foreach_does(options, dtype):
+    params, twins = parameters(dtype), parameters(dtype)
+    exact = [Parameter(p.detach().double()) for p in params]
+    options = {"lr": 0.05, "slow_frequency": 2, "weight_decay": 0.0, **options}
+    fused, foreach = M3(params, fused=True, **options), M3(twins, foreach=True, **options)
+    rule = M3(exact, foreach=False, **options)
+    for seed in range(5):
+        for optimizer, its in ((fused, params), (foreach, twins)):
+            give_gradients(its, seed)
+            optimizer.step()
+        for p, q in zip(params, exact):
+            q.grad = p.grad.double()
+        rule.step()
+    for p, q, x in zip(params, twins, exact):
+        assert (p.double() - x).norm() <= 2 * (q.double() - x).norm()
+    assert kernels_serve_all(fused)
+
+
+@pytest.mark.parametrize("path", [{}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_default_is_near_the_rule_in_float64(options, path):
     params, exact = parameters(), parameters(F64)
     start = [p.detach().clone() for p in exact]
-    fast = M3(params, lr=0.05, slow_frequency=2, weight_decay=0.0, **options)
+    fast = M3(params, lr=0.05, slow_frequency=2, weight_decay=0.0, **options, **path)
     rule = M3(exact, lr=0.05, slow_frequency=2, weight_decay=0.0, foreach=False, **options)
     for seed in range(5):
         for optimizer, its in ((fast, params), (rule, exact)):
@@ -98,11 +166,12 @@ def test_the_default_is_near_the_rule_in_float64(options):
         assert (p.double() - q).norm() <= 0.05 * (q - s).norm()  # bfloat16's rounding
 
 
+@pytest.mark.parametrize("path", [{}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_captured_step_stays_right_through_chunks(options):
+def test_a_captured_step_stays_right_through_chunks(options, path):
     params, twins = parameters(), parameters()
     options = {"lr": 0.05, "slow_frequency": 3, **options}
-    captured = M3(params, capturable=True, **options)
+    captured = M3(params, capturable=True, **options, **path)
     eager = M3(twins, **options)
     static = [torch.zeros_like(p) for p in params]
     for p, grad in zip(params, static):
@@ -136,12 +205,13 @@ def test_a_captured_step_stays_right_through_chunks(options):
             assert (p - q).norm() <= bound * (q - start).norm()
 
 
+@pytest.mark.parametrize("path", [{}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_step_waits_for_nothing(options):
+def test_a_step_waits_for_nothing(options, path):
     params = parameters()
     optimizer = M3(
         [
-            {"params": params, "slow_frequency": 2, **options},
+            {"params": params, "slow_frequency": 2, **options, **path},
             {"params": [Parameter(gaussian(50))], "algorithm": "adamw"},
         ]
     )
@@ -158,11 +228,12 @@ def test_a_step_waits_for_nothing(options):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_temporary_memory_stays_within_its_bound():
+@pytest.mark.parametrize("path", [{}, {"fused": True}], ids=str)
+def test_temporary_memory_stays_within_its_bound(path):
     params = [Parameter(gaussian(256, 1024, seed=i)) for i in range(24)]
     peaks = {}
     for room in (2**22, 2**30):
-        optimizer = M3(params, alpha=0.0, max_batch_bytes=room)
+        optimizer = M3(params, alpha=0.0, max_batch_bytes=room, **path)
         for seed in range(2):
             give_gradients(params, seed)
             optimizer.step()
