@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Schedulers and hooks move these while training, so a difference is no surprise.
 _MOVED_IN_TRAINING = frozenset({"lr", "initial_lr", "meta_step"})
+# Those that cycle momentum against the learning rate say so by this key of a group.
+_CYCLED, _CYCLES = frozenset({"betas", "momentum"}), "max_momentum"
 
 
 def load(optimizer: LevelOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +47,10 @@ def load(optimizer: LevelOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         group.update((k, live[k]) for k in ("params", "param_names") if k in live)
         label = f"checkpoint's {optimizer._group_label(at, group)}: "
         group.update(optimizer._check_options(group, label))
-        for key in optimizer.defaults.keys() - _MOVED_IN_TRAINING - set(optimizer._learned_keys):
+        moved = _MOVED_IN_TRAINING.union(optimizer._learned_keys)
+        if _CYCLES in group:
+            moved |= _CYCLED
+        for key in optimizer.defaults.keys() - moved:
             if not _same(live[key], group[key]):
                 changed.setdefault(key, (at, live[key], group[key]))
         for i, (key, param) in enumerate(zip(saved["params"], live["params"])):

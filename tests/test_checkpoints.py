@@ -249,6 +249,32 @@ def named(params, names):
     return list(zip(names, params))
 
 
+@pytest.mark.parametrize("cycled", [True, False])
+def test_betas_that_a_schedule_moves_are_no_surprise_and_others_are(cycled):
+    def build(betas=(0.9, 0.999)):
+        params = make_params((3, 2))
+        optimizer = NestedOptimizer(params, lr=0.1, betas=betas)
+        if cycled:
+            options = {"max_lr": 0.1, "total_steps": 20, "cycle_momentum": True}
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, **options)
+        else:
+            schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        return params, optimizer, schedule
+
+    params, optimizer, schedule = build()
+    for seed in range(3):
+        train(optimizer, params, [seed])
+        schedule.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    # A fresh schedule has moved the betas to where it starts; without one they are what was given.
+    _, fresh, _ = build() if cycled else build((0.8, 0.99))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fresh.load_state_dict(saved)
+    assert [("betas" in str(w.message)) for w in found] == ([] if cycled else [True])
+    assert fresh.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
+
+
 def test_names_are_checked_and_a_mismatch_names_the_parameters():
     params = make_params((2,), (2,))
     saved = NestedOptimizer(named(params, ["a.weight", "b.weight"])).state_dict()
