@@ -183,7 +183,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 found = [entry[measured] for entry in row["by_factor"].values()]
                 losses.plot(places, found, "o-", color=colour, label=row["label"])
             losses.set(xscale="log", yscale="log", xlabel="learning rate set / tuned one")
-            losses.set_title(f"{result['label']}: {measured} (mean of the seeds)")
+            losses.set_title(f"{result['label']}: {measured}")
             losses.legend(fontsize=7)
             styles = dict(zip(result["rows"]["adamw"]["by_factor"], (":", "-", "--")))
             shown = [
