@@ -279,6 +279,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
                         "all groups share the learned parts; edit it in every group"
                     )
         options.check_plain_only(group, where)
+        options.check_rule(group, where)
         if group is first:
             learned.check_sizes(first, where)
 

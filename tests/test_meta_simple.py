@@ -362,6 +362,22 @@ def test_a_meta_rule_that_is_not_there_is_refused(options, message):
         DeepNestedOptimizer(Net(), **options)
 
 
+def test_a_mode_edited_to_one_without_the_meta_rule_is_refused_before_a_step():
+    model = Net()
+    optimizer = DeepNestedOptimizer(model)
+    step_on(optimizer, model, batch(0))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["mode"] = "explicit"
+    with pytest.raises(ValueError, match=r"meta_rule: 'cosine'\. Choose one of adam for"):
+        step_on(optimizer, model, batch(1))
+    assert_same_tensors(before, list(model.parameters()))
+    optimizer.param_groups[0]["mode"] = "other"
+    with pytest.raises(ValueError, match="Invalid mode: 'other'"):
+        step_on(optimizer, model, batch(1))
+    optimizer.param_groups[0].update(mode="explicit", meta_rule="adam")
+    step_on(optimizer, model, batch(1))
+
+
 def test_learning_follows_the_loss_where_the_learning_rate_is_too_small():
     torch.manual_seed(0)
     finals = []

@@ -81,11 +81,8 @@ def check(options: dict[str, Any], where: str) -> dict[str, Any]:
             )
     if options["meta_rule"] is None:
         canonical["meta_rule"] = "cosine" if options["mode"] == "simple" else "adam"
-    elif options["meta_rule"] not in META_RULES[options["mode"]]:
-        raise ValueError(
-            f"{where}Invalid meta_rule: {options['meta_rule']!r}. Choose one of "
-            f"{', '.join(META_RULES[options['mode']])} for mode={options['mode']!r}, or None"
-        )
+    else:
+        check_rule(options, where)
     low, high = check_range(options["min_lr_mult"], options["max_lr_mult"], where)
     canonical.update(min_lr_mult=low, max_lr_mult=high)
     rate = options["meta_lr"]
@@ -106,6 +103,20 @@ def check(options: dict[str, Any], where: str) -> dict[str, Any]:
     check_plain_only({**options, **canonical}, where)
     canonical.update(learned.checked({**options, **canonical}, where))
     return canonical
+
+
+def check_rule(options: Mapping[str, Any], where: str) -> None:
+    """Raise if the mode has no such meta rule, or there is no such mode."""
+    known = META_RULES.get(options["mode"])
+    if known is None:
+        raise ValueError(
+            f"{where}Invalid mode: {options['mode']!r}. Choose one of {', '.join(MODES)}"
+        )
+    if options["meta_rule"] not in known:
+        raise ValueError(
+            f"{where}Invalid meta_rule: {options['meta_rule']!r}. Choose one of {', '.join(known)} "
+            f"for mode={options['mode']!r}"
+        )
 
 
 def check_plain_only(options: Mapping[str, Any], where: str) -> None:
