@@ -29,8 +29,8 @@ DTYPES = {
     torch.float32: tl.float32,
 }
 
-# Columns of the tables; the kernels know them by number.
-_ROW, _MOVE_ROW = 16, 8
+# Columns of the first table; the kernel knows them by number.
+_ROW = 16
 
 
 @triton.jit
