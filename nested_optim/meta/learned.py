@@ -36,9 +36,9 @@ _BETAS, _EPS = (0.9, 0.99), 1e-8
 #: What mixing weights' parameters are multiplied by; see ``networks.GAIN``.
 _MIXING_GAIN = networks.GAIN / 2
 
-#: How far a step down a sum of cosines' gradients may take a module's weights. By these the log of
-#: a multiplier has a derivative of length 27 to 45 at the start, so a multiplier changes by a factor
-#: of about two at most.
+#: How far a step down a sum of cosines' gradients may take a module's weights. The derivative of a
+#: multiplier's log by these weights has a length of 27 to 45 at the start, so that a multiplier
+#: changes by a factor of about two at most.
 TRUST = 0.02
 
 
