@@ -1,19 +1,18 @@
 """Delta Momentum's kernels, interpreted on the CPU: the rule, whatever they are given."""
 
 import copy
-import importlib
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import DeltaMomentum, delta_steps, kernels, rules
+from nested_optim import DeltaMomentum, delta_steps, rules
 
 from .helpers import clone_params, make_params, random_grads, set_grads, step_with, train
+from .interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 
-MODULE = "nested_optim.kernels.delta"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # Two of a shape, whole chunks, one element too many, more rows than columns, vectors, a number.
 SHAPES = (8, 128), (6, 5), (2, 513), (6, 5), (300, 2), (3, 2, 4), (1025,), (7,), (7,), ()
@@ -22,12 +21,8 @@ SHAPES = (8, 128), (6, 5), (2, 513), (6, 5), (300, 2), (3, 2, 4), (1025,), (7,),
 @pytest.fixture(scope="module", autouse=True)
 def kernel():
     """The kernels' module, interpreted; afterwards as it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.reload(importlib.import_module(MODULE))
-        assert kernels.available(torch.device("cpu"))
-        yield module
-    importlib.reload(module)
+    with interpreted() as modules:
+        yield modules["delta"]
 
 
 @pytest.fixture

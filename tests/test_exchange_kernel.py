@@ -1,19 +1,17 @@
 """The exchange's kernel, interpreted on the CPU, and as part of a weight memory."""
 
-import importlib
-
 import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import WeightMemory, exchanges, kernels, rules
+from nested_optim import WeightMemory, exchanges, rules
 from nested_optim.exchanges import Exchanges
 
 from .helpers import assert_same_tensors, clone_params, make_params, random_grads, train
+from .interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 
-MODULE = "nested_optim.kernels.exchange"
 SHAPES = (1024,), (3, 700), (5,), (), (0, 4), (2500,)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -21,12 +19,8 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 @pytest.fixture(scope="module", autouse=True)
 def kernel():
     """The kernel's module, interpreted; afterwards as it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.reload(importlib.import_module(MODULE))
-        assert kernels.available(torch.device("cpu"))
-        yield module
-    importlib.reload(module)
+    with interpreted() as modules:
+        yield modules["exchange"]
 
 
 @pytest.fixture

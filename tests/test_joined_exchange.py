@@ -1,16 +1,16 @@
 """A weight memory whose exchanges the fused kernels do on the way, interpreted on the CPU."""
 
 import copy
-import importlib
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import NestedOptimizer, WeightMemory, kernels
+from nested_optim import NestedOptimizer, WeightMemory
 from nested_optim.kernels.tables import CHUNK
 
 from .helpers import clone_params, make_params, random_grads, set_grads
+from .interpreter import interpreted
 
 pytest.importorskip("triton")
 
@@ -18,15 +18,9 @@ SHAPES = ((CHUNK + 3,), (7, 5), (), (0, 3))
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    names = "nested_optim.kernels.level_adamw", "nested_optim.kernels.exchange"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        modules = [importlib.reload(importlib.import_module(name)) for name in names]
-        assert kernels.available(torch.device("cpu"))
+def on_the_host():
+    with interpreted():
         yield
-    for module in modules:
-        importlib.reload(module)
 
 
 def pair(params, fused=True, frequencies=(2, 4), write=0.3, pull=0.2, dtype=None, **options):

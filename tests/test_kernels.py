@@ -1,8 +1,6 @@
 """The fused kernels, interpreted on the CPU: the rule, windows, layouts, and what they refuse."""
 
 import copy
-import importlib
-import importlib.util
 
 import pytest
 import torch
@@ -12,15 +10,15 @@ from hypothesis.stateful import initialize
 from torch.nn import Parameter
 from torch.optim import AdamW
 
-from nested_optim import NestedOptimizer, kernels, rules
+from nested_optim import NestedOptimizer, rules
 from nested_optim.fused import FusedSteps
 
 from . import test_windows_property as lives
 from .helpers import assert_same_tensors, assert_unchanged, make_params, snapshot, step_with
+from .interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 
-MODULE = "nested_optim.kernels.level_adamw"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 #: Relative: what may add up over some steps; of a narrow dtype one ulp, then both go on alike.
 TOLERANCE = {F64: 1e-12, F32: 1e-5, BF16: 1 / 128, F16: 1 / 1024}
@@ -29,12 +27,8 @@ TOLERANCE = {F64: 1e-12, F32: 1e-5, BF16: 1 / 128, F16: 1 / 1024}
 @pytest.fixture(scope="module", autouse=True)
 def level_adamw():
     """The kernels' module, interpreted; afterwards as it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.reload(importlib.import_module(MODULE))
-        assert kernels.available(torch.device("cpu"))
-        yield module
-    importlib.reload(module)
+    with interpreted() as modules:
+        yield modules["level_adamw"]
 
 
 def seeded(shape, seed, dtype=F32, device="cpu"):

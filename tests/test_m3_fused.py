@@ -1,25 +1,20 @@
 """M3 beside groups on the fused kernels, interpreted on the CPU."""
 
-import importlib
-
 import pytest
 import torch
 
-from nested_optim import M3, kernels
+from nested_optim import M3
 
 from .helpers import clone_params, make_params, random_grads, set_grads
+from .interpreter import interpreted
 
 pytest.importorskip("triton")
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.reload(importlib.import_module("nested_optim.kernels.level_adamw"))
-        assert kernels.available(torch.device("cpu"))
+def on_the_host():
+    with interpreted():
         yield
-    importlib.reload(module)
 
 
 @pytest.mark.parametrize("matrices_first", [True, False])

@@ -1,19 +1,18 @@
 """M3's kernels around the orthogonalisation, interpreted on the CPU, against the rule in a loop."""
 
 import copy
-import importlib
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import M3, kernels, m3_fused
+from nested_optim import M3, m3_fused
 
 from .helpers import clone_params, make_params, random_grads, set_grads, snapshot
+from .interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 
-MODULE = "nested_optim.kernels.momenta"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 # Sizes below, at and above a chunk of the kernels, of two orientations; two of one shape.
@@ -23,16 +22,8 @@ SHAPES = ((6, 5), (40, 33), (32, 64), (6, 5), (1, 7))
 @pytest.fixture(scope="module", autouse=True)
 def kernel():
     """The kernels' module, interpreted; afterwards as it was."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        # Triton may have been imported before; then its own functions are not interpreted yet.
-        standard = importlib.reload(triton.language.standard)
-        patch.setattr(triton.language, "sum", standard.sum)
-        module = importlib.reload(importlib.import_module(MODULE))
-        assert kernels.available(torch.device("cpu"))
-        yield module
-    importlib.reload(standard)
-    importlib.reload(module)
+    with interpreted() as modules:
+        yield modules["momenta"]
 
 
 def left_to_torch(optimizer):
@@ -317,7 +308,6 @@ def test_a_scaler_is_not_told_that_matrices_skip_on_the_device():
 
 
 def test_vectors_and_matrices_are_both_served_by_their_kernels():
-    importlib.reload(importlib.import_module("nested_optim.kernels.level_adamw"))
     params = make_params((6, 5), (7,))
     twins = clone_params(params)
 

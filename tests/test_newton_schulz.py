@@ -1,16 +1,15 @@
 """Newton-Schulz: the rule against singular values, batches and cheaper forms against the rule."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_optim import kernels
 from nested_optim import orthogonalize as orthogonalize_module
 from nested_optim.orthogonalize import _choose, _segments, orthogonal_batches, orthogonalize
 from nested_optim.rules import MatrixForm, lr_factor, newton_schulz, ns_schedule
+
+from .interpreter import interpreted
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -300,13 +299,8 @@ def test_the_gram_form_in_float32_is_more_exact_than_bfloat16_products(
 @pytest.fixture(scope="module")
 def symmetric():
     """The kernel's module, interpreted; afterwards as it was."""
-    pytest.importorskip("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.reload(importlib.import_module("nested_optim.kernels.symmetric"))
-        assert kernels.available(torch.device("cpu"))
-        yield module
-    importlib.reload(module)
+    with interpreted() as modules:
+        yield modules["symmetric"]
 
 
 @pytest.mark.parametrize("dtype, bound", [(F16, 2e-3), (F32, 1e-5)], ids=str)
@@ -366,7 +360,8 @@ def test_a_symmetric_product_takes_inputs_that_are_not_contiguous(symmetric):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 64, 32), (2, 5, 7), (0, 3, 3), (2, 40, 77)])
 def test_matrices_are_divided_by_their_norms(shape, dtype, symmetric):
-    normalize = importlib.reload(importlib.import_module("nested_optim.kernels.normalize"))
+    from nested_optim.kernels import normalize
+
     x = gaussian(*shape).to(dtype)
     norms = gaussian(shape[0], 1, 1, seed=1).abs().float() + 0.1
     exact = x.double() / norms.double()

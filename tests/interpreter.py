@@ -1,0 +1,38 @@
+"""Kernels as Triton's interpreter runs them: on the host, on CPU tensors."""
+
+import importlib
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from nested_optim import kernels
+
+#: Every module of kernels: one of them may call another's.
+MODULES = ("delta", "exchange", "level_adamw", "momenta", "normalize", "symmetric")
+
+
+def _reload():
+    """All kernels, and Triton's own functions, as they are made for what is set now."""
+    language = importlib.import_module("triton.language")
+    standard = importlib.import_module("triton.language.standard")
+    shared = [name for name, value in vars(standard).items() if vars(language).get(name) is value]
+    standard = importlib.reload(standard)
+    for name in shared:
+        setattr(language, name, getattr(standard, name))
+    names = [f"nested_optim.kernels.{name}" for name in MODULES]
+    return dict(zip(MODULES, (importlib.reload(importlib.import_module(n)) for n in names)))
+
+
+@contextmanager
+def interpreted():
+    """The modules of kernels by name, interpreted whoever has imported them; afterwards as ever."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        try:
+            assert kernels.available(torch.device("cpu"))
+            yield _reload()
+        finally:
+            patch.undo()
+            _reload()
