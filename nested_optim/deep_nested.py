@@ -21,7 +21,7 @@ from .fused import FusedSteps, Work
 from .memory_argument import MemoryT
 from .meta import learned, options, simple
 from .meta import unroll as unrolled
-from .meta.features import clip_factor, observe
+from .meta.features import clip_factor, features, measure
 from .meta.report import Report, as_loss
 from .meta.simple import Due
 from .nested import NestedOptimizer, _count
@@ -53,7 +53,8 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
     - ``mode="simple"``: every gradient tells what the update before it did to the loss (a
       first-order hypergradient; Baydin et al. 2018). No further forward pass. What an update does
       to momenta, and so to later updates, is left out. Derivatives are gathered and used every
-      ``meta_update_freq`` steps, as ``meta_rule`` says.
+      ``meta_update_freq`` steps, as ``meta_rule`` says. Statistics are those of each tensor's
+      update before, so that one pass over memory does (the loss is this step's).
     - ``mode="explicit"``: :meth:`meta_update` takes k real steps on copies and descends on the
       validation loss after them, through all of them. Call it, or give ``val_batch_fn``.
 
@@ -116,7 +117,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
     learned parts off.
 
     State, beside NestedOptimizer's: ``exp_avg_slow1``, ... for slow momenta; in simple mode
-    ``previous_grad`` and ``update_trace`` (12 numbers). In ``param_groups[0]``: flat float32
+    ``previous_grad`` and ``update_trace`` (16 numbers). In ``param_groups[0]``: flat float32
     tensors ``<part>_weights``, ``_exp_avg``, ``_exp_avg_sq`` and ``_grad`` (gathered since the last
     meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``global_step`` and
     ``meta_updates``. Saving anywhere and going on is bit for bit the same. Batches kept for the
@@ -492,21 +493,17 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         steps = [_get_value(state["step"]) for state in states]
 
         at, place = self._place(group)
-        of_group, of_tensors = observe(
-            list(flats),
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            place=place,
-            step=max(steps),
-            loss=self._loss,
-            maximize=group["maximize"],
-            home=self.param_groups[0]["params"][0].device,
+        home = self.param_groups[0]["params"][0].device
+        momenta = [state["exp_avg"] for state in states] if "momentum" in flats else []
+        sizes = measure(params, grads, momenta, maximize=group["maximize"], home=home)
+        seen = simple.last_sizes(states, home) if self._traces(group) else sizes
+        of_group, of_tensors = features(
+            flats, params, seen, place=place, step=max(steps), loss=self._loss
         )
         inputs = learned.inputs_of(group, flats, group["betas"][0], of_group, of_tensors)
         self._inputs[at] = inputs
         if self._traces(group):
-            simple.remember(group, states, of_group, of_tensors)
+            simple.remember(group, states, of_group, of_tensors, sizes)
 
         dtypes = [torch.promote_types(p.dtype, s["exp_avg"].dtype) for p, s in zip(params, states)]
         kept = [params, *([s[key] for s in states] for key in ("exp_avg",))]

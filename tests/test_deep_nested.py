@@ -207,6 +207,29 @@ def features_seen(optimizer, model):
     return optimizer.state[next(iter(model.parameters()))]["update_trace"][2:8]
 
 
+def test_networks_see_what_the_update_before_measured():
+    """So that one pass over memory does: no gradient has to be looked at before it is used."""
+    model = Net(torch.float32)
+    optimizer = DeepNestedOptimizer(model, lr=0.01)
+    p = model.first.weight
+    measured = []
+    for i in range(3):
+        loss_of(model, batch(i, torch.float32)).backward()
+        momentum = optimizer.state[p]["exp_avg"].clone() if i else torch.zeros_like(p)
+        lengths = [float(t.detach().norm()) for t in (p.grad, momentum, p)]
+        product = float((p.grad * momentum).sum())
+        optimizer.step()
+        cosine = product / (lengths[0] * lengths[1]) if i else 0.0
+        measured.append(torch.tensor([lengths[0], lengths[1], cosine, lengths[2]]))
+        trace = optimizer.state[p]["update_trace"]
+        torch.testing.assert_close(trace[-4:], measured[i], rtol=1e-5, atol=1e-7)
+        seen = torch.zeros(4) if i == 0 else measured[i - 1]
+        logs = (seen / p.numel() ** 0.5 + 1e-12).log() / 10
+        logs[2] = seen[2]
+        torch.testing.assert_close(trace[8:12], logs, rtol=1e-5, atol=1e-7)
+        optimizer.zero_grad()
+
+
 def test_a_loss_is_seen_in_its_own_step_only():
     model = Net(torch.float32)
     optimizer = DeepNestedOptimizer(model, lr=0.01)

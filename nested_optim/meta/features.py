@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from .networks import wide_dtype
 GROUP_FEATURES = 6
 #: Gradient size, momentum size, their cosine, parameter size.
 TENSOR_FEATURES = 4
+#: What is measured of a tensor: the norms of gradient and momentum, their cosine, and the
+#: parameter's norm.
+SIZES = 4
 
 _TINY = 1e-12
 _BOUND = 3.0  # of a feature: sizes from e-30 to e30
@@ -63,20 +66,50 @@ def _count(tensor: Tensor) -> int:
     return max(1, tensor.numel() * (2 if tensor.is_complex() else 1))
 
 
-def group_features(
+def measure(
     params: Sequence[Tensor],
-    param_norms: Tensor,
-    grad_norms: Tensor,
-    place: float,
-    step: float,
-    loss: Tensor | None,
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    maximize: bool,
+    home: torch.device,
+) -> Tensor:
+    """What the networks' features are made of, differentiable.
+
+    Args:
+        params: the parameters of a group that are updated now.
+        grads: their gradients.
+        momenta: their fastest momenta, before the update; none where no network looks at them.
+        maximize: momenta are of gradients with their signs turned.
+        home: where the networks are.
+
+    Returns:
+        ``(tensors, SIZES)``.
+    """
+    param_norms = torch.stack([norm(p).to(home) for p in params])
+    grad_norms = torch.stack([norm(grad).to(home) for grad in grads])
+    if not momenta:
+        nothing = torch.zeros_like(grad_norms)
+        return torch.stack([grad_norms, nothing, nothing, param_norms], dim=-1)
+    momentum_norms = torch.stack([norm(m).to(home) for m in momenta])
+    products = torch.stack([dot(g, m).to(home) for g, m in zip(grads, momenta)])
+    lengths = grad_norms * momentum_norms
+    # Where one is 0 there is no angle, and no gradient of one.
+    known = lengths > 0
+    cosines = torch.where(known, products / torch.where(known, lengths, 1.0), 0.0)
+    if maximize:
+        cosines = -cosines
+    return torch.stack([grad_norms, momentum_norms, cosines, param_norms], dim=-1)
+
+
+def group_features(
+    params: Sequence[Tensor], sizes: Tensor, place: float, step: float, loss: Tensor | None
 ) -> Tensor:
     """What the controller sees of a group.
 
     Args:
         params: those of the group that are updated now.
-        param_norms: ``(tensors,)``, their norms.
-        grad_norms: ``(tensors,)``, their gradients'.
+        sizes: ``(tensors, SIZES)``, theirs.
         place: of the group among the groups, from 0 (the first) to 1 (the last).
         step: the largest number of updates, with this one.
         loss: this step's, 0-d; None where the step was not told.
@@ -85,86 +118,61 @@ def group_features(
         ``(GROUP_FEATURES,)``.
     """
     total = sum(map(_count, params))
-    sizes = [_log(torch.linalg.vector_norm(norms), total) for norms in (grad_norms, param_norms)]
-    known = beside(param_norms, [2 * place - 1, math.log1p(step) / 10])
+    joint = [_log(torch.linalg.vector_norm(sizes[:, i]), total) for i in (0, 3)]
+    known = beside(sizes, [2 * place - 1, math.log1p(step) / 10])
     if loss is None:
-        said = param_norms.new_zeros(2)
+        said = sizes.new_zeros(2)
     else:
-        loss = loss.to(param_norms, non_blocking=True)
+        loss = loss.to(sizes, non_blocking=True)
         said = torch.stack([torch.sign(loss) * torch.log1p(loss.abs()) / 10, torch.ones_like(loss)])
-    return _finite(torch.cat([torch.stack(sizes), known, said]))
+    return _finite(torch.cat([torch.stack(joint), known, said]))
 
 
-def tensor_features(
-    params: Sequence[Tensor],
-    param_norms: Tensor,
-    grad_norms: Tensor,
-    momentum_norms: Tensor,
-    products: Tensor,
-) -> Tensor:
+def tensor_features(params: Sequence[Tensor], sizes: Tensor) -> Tensor:
     """What the momentum's network sees of each tensor.
 
     Args:
         params: the parameters.
-        param_norms: ``(tensors,)``, and likewise of gradients and momenta (before the update).
-        grad_norms: see there.
-        momentum_norms: see there.
-        products: ``(tensors,)``, of gradient and momentum.
+        sizes: ``(tensors, SIZES)``.
 
     Returns:
         ``(tensors, TENSOR_FEATURES)``.
     """
-    counts = beside(param_norms, [float(_count(p)) for p in params])
-    lengths = grad_norms * momentum_norms
-    # Where one is 0 there is no angle, and no gradient of one.
-    known = lengths > 0
-    cosine = torch.where(known, products / torch.where(known, lengths, 1.0), 0.0)
-    sizes = [_log(norms, counts) for norms in (grad_norms, momentum_norms)]
-    return _finite(torch.stack([*sizes, cosine, _log(param_norms, counts)], dim=-1))
+    counts = beside(sizes, [float(_count(p)) for p in params])
+    grads, momenta, cosines, own = sizes.unbind(-1)
+    columns = [_log(grads, counts), _log(momenta, counts), cosines, _log(own, counts)]
+    return _finite(torch.stack(columns, dim=-1))
 
 
-def observe(
-    modules: Sequence[str],
+def features(
+    modules: Iterable[str],
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    sizes: Tensor,
     *,
     place: float,
     step: float,
     loss: Tensor | None,
-    maximize: bool,
-    home: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the networks see before an update of these tensors, as they will be kept with them.
+    """What the networks see, as it will be kept with the update.
 
     Args:
         modules: the learned modules that there are.
         params: the parameters of a group that are updated now.
-        grads: their gradients.
-        momenta: their fastest momenta, before the update.
+        sizes: ``(tensors, SIZES)``, see :func:`measure`.
         place: see :func:`group_features`; likewise ``step`` and ``loss``.
         step: see there.
         loss: see there.
-        maximize: momenta are of gradients with their signs turned.
-        home: where the networks are.
 
     Returns:
         ``(GROUP_FEATURES,)`` for a controller and ``(tensors, TENSOR_FEATURES)`` for a momentum's
         network, or None, in the widest of the parameters' dtypes and float32.
     """
+    wide = torch.float32
+    for p in params:
+        wide = torch.promote_types(wide, p.real.dtype if p.is_complex() else p.dtype)
     of_group = of_tensors = None
-    if "controller" in modules or "momentum" in modules:
-        wide = torch.float32
-        for p in params:
-            wide = torch.promote_types(wide, p.real.dtype if p.is_complex() else p.dtype)
-        param_norms = torch.stack([norm(p).to(home) for p in params])
-        grad_norms = torch.stack([norm(grad).to(home) for grad in grads])
     if "controller" in modules:
-        of_group = group_features(params, param_norms, grad_norms, place, step, loss).to(wide)
+        of_group = group_features(params, sizes, place, step, loss).to(wide)
     if "momentum" in modules:
-        lengths = torch.stack([norm(m).to(home) for m in momenta])
-        products = torch.stack([dot(g, m).to(home) for g, m in zip(grads, momenta)])
-        if maximize:
-            products = -products
-        of_tensors = tensor_features(params, param_norms, grad_norms, lengths, products).to(wide)
+        of_tensors = tensor_features(params, sizes).to(wide)
     return of_group, of_tensors

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import networks
 from .controller import check_count
-from .features import TENSOR_FEATURES, dot, norm, tensor_features
+from .features import TENSOR_FEATURES, measure, tensor_features
 
 #: scale within a factor of 10; shift as far as one whole gradient
 _SCALE = math.log(10.0)
@@ -124,9 +124,8 @@ class L2RegressionMomentum(nn.Module):
     def statistics(self, momentum: Tensor, grad: Tensor, param: Tensor | None = None) -> Tensor:
         """``(1, 4)``: logarithms of sizes, and the cosine, of what one tensor's update sees."""
         param = grad if param is None else param
-        norms = [norm(t).reshape(1) for t in (param, grad, momentum)]
-        products = dot(grad, momentum).reshape(1)
-        return tensor_features([param], norms[0], norms[1], norms[2], products)
+        sizes = measure([param], [grad], [momentum], maximize=False, home=grad.device)
+        return tensor_features([param], sizes)
 
     def objective(self, momentum: Tensor, grad: Tensor, damping: Tensor | float = 0.0) -> Tensor:
         """The internal L2 objective, 0-d; see :func:`objective`."""

@@ -23,10 +23,12 @@ from torch.optim.optimizer import _get_value
 
 from ..rules.deep_nested import alignments, next_loss, product
 from . import learned
-from .features import GROUP_FEATURES, TENSOR_FEATURES, beside
+from .features import GROUP_FEATURES, SIZES, TENSOR_FEATURES, beside
+from .networks import wide_dtype
 
-#: learning rate and decoupled weight decay of the last update, then what the networks saw
-TRACE = 2 + GROUP_FEATURES + TENSOR_FEATURES
+#: learning rate and decoupled weight decay of the last update, what the networks saw, and what it
+#: measured, which they see next
+TRACE = 2 + GROUP_FEATURES + TENSOR_FEATURES + SIZES
 
 
 class Due(NamedTuple):
@@ -48,6 +50,7 @@ def remember(
     states: Sequence[dict[str, Any]],
     of_group: Tensor | None,
     of_tensors: Tensor | None,
+    sizes: Tensor,
 ) -> None:
     """Keep with each tensor what its update had that is not in the state anyway."""
     rates = [group["lr"], group["weight_decay"] if group["decoupled"] else 0.0]
@@ -64,10 +67,19 @@ def remember(
     if of_tensors is None:
         of_tensors = like.new_zeros(len(states), TENSOR_FEATURES)
     shared = torch.cat([known, of_group]).expand(len(states), -1)
-    rows = torch.cat([shared, of_tensors], dim=1)
+    rows = torch.cat([shared, of_tensors, sizes.to(like)], dim=1)
     traces = [state["update_trace"] for state in states]
     for trace, row in zip(traces, rows.unbind(0)):
         trace.copy_(row)
+
+
+def last_sizes(states: Sequence[dict[str, Any]], home: torch.device) -> Tensor:
+    """``(tensors, SIZES)``: what was measured in the tensors' last updates, 0 before the first.
+
+    So nothing has to be known of a gradient before the pass over memory that uses it.
+    """
+    rows = [state["update_trace"][-SIZES:].to(home, wide_dtype(home)) for state in states]
+    return torch.stack(rows)
 
 
 def second_moment(group: dict[str, Any], state: dict[str, Any]) -> Tensor | None:
@@ -147,7 +159,7 @@ def _next_losses(
         products = -products
     trace = torch.stack([t.to(like) for t in traces])
     lr, weight_decay = trace[:, 0], trace[:, 1]
-    of_group, of_tensors = trace[:, 2:].split([GROUP_FEATURES, TENSOR_FEATURES], dim=1)
+    of_group, of_tensors, _ = trace[:, 2:].split([GROUP_FEATURES, TENSOR_FEATURES, SIZES], dim=1)
     inputs = learned.inputs(group, flats, beta1, of_group, of_tensors)
     loss = next_loss(
         products,

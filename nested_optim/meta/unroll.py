@@ -36,7 +36,7 @@ from ..deep_nested_steps import each, rule_options
 from ..levels import divisor, window_closes
 from ..rules.deep_nested import Inputs, deep_nested
 from . import learned
-from .features import clip_factor, observe
+from .features import clip_factor, features, measure
 
 if TYPE_CHECKING:
     from ..deep_nested import DeepNestedOptimizer
@@ -285,16 +285,10 @@ class Rehearsal:
         params = [slots[i]["param"] for i in members]
         means = [mean for _, mean in due]
         _, place = self.optimizer._place(group)
-        of_group, of_tensors = observe(
-            list(flats),
-            params,
-            means,
-            [slots[i]["exp_avg"] for i in members],
-            place=place,
-            step=max(steps),
-            loss=loss,
-            maximize=group["maximize"],
-            home=self.home,
+        momenta = [slots[i]["exp_avg"] for i in members] if "momentum" in flats else []
+        sizes = measure(params, means, momenta, maximize=group["maximize"], home=self.home)
+        of_group, of_tensors = features(
+            flats, params, sizes, place=place, step=max(steps), loss=loss
         )
         options = {**group, **self.networks}
         inputs = learned.inputs_of(options, flats, group["betas"][0], of_group, of_tensors)
