@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _get_value, _use_grad_for_differentiable
+from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .deep_nested_steps import (
-    Lists,
-    _multi_tensor_deepnestedoptimizer,
-    _single_tensor_deepnestedoptimizer,
-)
+from . import kernels
+from .deep_nested_fused import FusedLearning
+from .deep_nested_steps import apply
 from .fused import FusedSteps, Work
 from .memory_argument import MemoryT
 from .meta import learned, options, simple
 from .meta import unroll as unrolled
-from .meta.features import clip_factor, features, measure
+from .meta.features import clip_factor
 from .meta.report import Report, as_loss
 from .meta.simple import Due
-from .nested import NestedOptimizer, _count
+from .nested import NestedOptimizer
 from .optimizer import LevelOptimizer, ParamsT
 from .tensors import is_dtensor
 
@@ -254,6 +251,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         self._told = False  # whether the last step was
         self._batches: deque[Any] = deque()
         self._inputs = {}
+        self._learning = FusedLearning()
         self.last_meta_loss = self.controller_grad_norm = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -261,6 +259,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         if "_due" not in self.__dict__:  # unpickled or copied
             self._start_transients()
             self.model = self.loss_fn = None
+        self._learning.forget()
 
     # ------------------------------------------------------------------ options
 
@@ -280,6 +279,14 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
                         "all groups share the learned parts; edit it in every group"
                     )
         options.check_plain_only(group, where)
+        options.check_same_pass(group, first, where)
+        if group["fused"] and not options.is_plain(group):
+            device = first["params"][0].device
+            if not kernels.available(device):
+                raise RuntimeError(
+                    f"{where}`fused` is True, but learned updates have no kernels on {device}: "
+                    "leave it at None"
+                )
         options.check_rule(group, where)
         if group is first:
             learned.check_sizes(first, where)
@@ -293,6 +300,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
                     f"{where}{key}={group[key]!r}: all groups share the learned parts, whose {key} "
                     f"is {shared[key]!r}; set it when building the optimizer"
                 )
+        options.check_same_pass({**self.defaults, **group}, shared, where)
         for key in self._learned_keys:
             if isinstance(group.get(key), Tensor) or group.get(key):
                 raise ValueError(
@@ -458,75 +466,34 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         counted, self._counted = self._counted, False
         first = self.param_groups[0]
         learns = first["meta_lr"] > 0 and self._traces(first)
-        if learns and due:
+        update_of_networks = learns and counted
+        update_of_networks &= (first["global_step"] + 1) % first["meta_update_freq"] == 0
+        plan = self._learning.find(self, due) if due and first["fused"] else None
+        if plan is not None:
+            plan.begin(self, due)
+            if update_of_networks:
+                plan.learn_alone(first)
+        elif learns and due:
             grads, length = simple.hypergradients(first, self.state, due, self._slow_keys(first))
             learned.gather(first, grads, length if first["meta_rule"] == "cosine" else None)
         if counted:
             first["global_step"] += 1
-            if learns and first["global_step"] % first["meta_update_freq"] == 0:
-                self.controller_grad_norm = learned.meta_step(
-                    first, first["meta_update_freq"], first["meta_rule"]
-                )
-                self.last_meta_loss = self._loss
-        if due:
+        if update_of_networks:
+            self.controller_grad_norm = learned.meta_step(
+                first, first["meta_update_freq"], first["meta_rule"]
+            )
+            self.last_meta_loss = self._loss
+        if plan is not None:
+            # Weights do not change between, so what this gradient teaches may be gathered late.
+            self._inputs.update(plan.update(first, learn=learns and not update_of_networks))
+        elif due:
             flats = learned.weights(first)
             for one in due:
-                self._apply(one, flats)
+                apply(self, one, flats)
 
     def _place(self, group: dict[str, Any]) -> tuple[int, float]:
         at = next(i for i, g in enumerate(self.param_groups) if g is group)
         return at, at / max(1, len(self.param_groups) - 1)
-
-    def _apply(self, due: Due, flats: dict[str, Tensor]) -> None:
-        """Update parameters of a group."""
-        group, params, grads = due
-        states = [self.state[p] for p in params]
-        slow_keys = self._slow_keys(group)
-        needed = {"exp_avg", *slow_keys}
-        needed |= {"exp_avg_sq"} if group["normalize"] else set()
-        needed |= {"max_exp_avg_sq"} if group["normalize"] and group["amsgrad"] else set()
-        needed |= {"update_trace"} if self._traces(group) else set()
-        for p, state in zip(params, states):
-            if not needed <= state.keys():  # switched on in mid-run
-                self._init_state(p, group, state)
-        _count([state["step"] for state in states])
-        steps = [_get_value(state["step"]) for state in states]
-
-        at, place = self._place(group)
-        home = self.param_groups[0]["params"][0].device
-        momenta = [state["exp_avg"] for state in states] if "momentum" in flats else []
-        sizes = measure(params, grads, momenta, maximize=group["maximize"], home=home)
-        seen = simple.last_sizes(states, home) if self._traces(group) else sizes
-        of_group, of_tensors = features(
-            flats, params, seen, place=place, step=max(steps), loss=self._loss
-        )
-        inputs = learned.inputs_of(group, flats, group["betas"][0], of_group, of_tensors)
-        self._inputs[at] = inputs
-        if self._traces(group):
-            simple.remember(group, states, of_group, of_tensors, sizes)
-
-        dtypes = [torch.promote_types(p.dtype, s["exp_avg"].dtype) for p, s in zip(params, states)]
-        kept = [params, *([s[key] for s in states] for key in ("exp_avg",))]
-        if group["normalize"]:
-            keys = NestedOptimizer._moment_keys[1 : 2 + group["amsgrad"]]
-            kept += [[s[key] for s in states] for key in keys]
-        work = [[t.to(dtype) for t, dtype in zip(column, dtypes)] for column in kept]
-        lists = Lists(
-            work[0],
-            [grad.to(dtype) for grad, dtype in zip(grads, dtypes)],
-            work[1],
-            work[2] if len(work) > 2 else [],
-            work[3] if len(work) > 3 else [],
-            [[s[key] for key in slow_keys] for s in states],
-            [s["previous_grad"] for s in states] if self._traces(group) else [],
-        )
-        if self._uses_foreach(group, params):
-            _multi_tensor_deepnestedoptimizer(lists, steps, inputs, group)
-        else:
-            _single_tensor_deepnestedoptimizer(lists, steps, inputs, group)
-        for original, result in zip(chain(*kept), chain(*work)):
-            if result is not original:
-                original.copy_(result)
 
     # ------------------------------------------------------------------ explicit meta updates
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_value
 
 from . import rules
+from .meta import learned, simple
+from .meta.features import features, measure
+from .meta.simple import Due
 from .momentum import foreach_scale
+from .nested import NestedOptimizer, _count
 from .rules.deep_nested import Inputs, coefficients, deep_nested, factor_for
 from .tensors import to_scalar
+
+if TYPE_CHECKING:
+    from .deep_nested import DeepNestedOptimizer
 
 
 class Lists(NamedTuple):
@@ -29,6 +38,58 @@ class Lists(NamedTuple):
     max_exp_avg_sqs: list[Tensor]
     slow: list[list[Tensor]]
     last_grads: list[Tensor]  # where to keep the gradients as the moments saw them
+
+
+def apply(optimizer: DeepNestedOptimizer, due: Due, flats: dict[str, Tensor]) -> None:
+    """Update parameters of a group, as the weights of the networks say."""
+    group, params, grads = due
+    states = [optimizer.state[p] for p in params]
+    slow_keys = optimizer._slow_keys(group)
+    needed = {"exp_avg", *slow_keys}
+    needed |= {"exp_avg_sq"} if group["normalize"] else set()
+    needed |= {"max_exp_avg_sq"} if group["normalize"] and group["amsgrad"] else set()
+    needed |= {"update_trace"} if optimizer._traces(group) else set()
+    for p, state in zip(params, states):
+        if not needed <= state.keys():  # switched on in mid-run
+            optimizer._init_state(p, group, state)
+    _count([state["step"] for state in states])
+    steps = [_get_value(state["step"]) for state in states]
+
+    at, place = optimizer._place(group)
+    home = optimizer.param_groups[0]["params"][0].device
+    momenta = [state["exp_avg"] for state in states] if "momentum" in flats else []
+    sizes = measure(params, grads, momenta, maximize=group["maximize"], home=home)
+    seen = simple.last_sizes(states, home) if optimizer._traces(group) else sizes
+    of_group, of_tensors = features(
+        flats, params, seen, place=place, step=max(steps), loss=optimizer._loss
+    )
+    inputs = learned.inputs_of(group, flats, group["betas"][0], of_group, of_tensors)
+    optimizer._inputs[at] = inputs
+    if optimizer._traces(group):
+        simple.remember(group, states, of_group, of_tensors, sizes)
+
+    dtypes = [torch.promote_types(p.dtype, s["exp_avg"].dtype) for p, s in zip(params, states)]
+    kept = [params, *([s[key] for s in states] for key in ("exp_avg",))]
+    if group["normalize"]:
+        keys = NestedOptimizer._moment_keys[1 : 2 + group["amsgrad"]]
+        kept += [[s[key] for s in states] for key in keys]
+    work = [[t.to(dtype) for t, dtype in zip(column, dtypes)] for column in kept]
+    lists = Lists(
+        work[0],
+        [grad.to(dtype) for grad, dtype in zip(grads, dtypes)],
+        work[1],
+        work[2] if len(work) > 2 else [],
+        work[3] if len(work) > 3 else [],
+        [[s[key] for key in slow_keys] for s in states],
+        [s["previous_grad"] for s in states] if optimizer._traces(group) else [],
+    )
+    if optimizer._uses_foreach(group, params):
+        _multi_tensor_deepnestedoptimizer(lists, steps, inputs, group)
+    else:
+        _single_tensor_deepnestedoptimizer(lists, steps, inputs, group)
+    for original, result in zip(chain(*kept), chain(*work)):
+        if result is not original:
+            original.copy_(result)
 
 
 def each(inputs: Inputs, i: int, device: torch.device) -> Inputs:

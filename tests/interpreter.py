@@ -9,7 +9,16 @@ import torch
 from nested_optim import kernels
 
 #: Every module of kernels: one of them may call another's.
-MODULES = ("delta", "exchange", "level_adamw", "momenta", "normalize", "symmetric")
+MODULES = (
+    "delta",
+    "exchange",
+    "learned_adamw",
+    "learned_networks",
+    "level_adamw",
+    "momenta",
+    "normalize",
+    "symmetric",
+)
 
 
 def _reload():

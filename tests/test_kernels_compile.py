@@ -171,3 +171,65 @@ def test_m3s_passes_compile_to_accesses_of_16_bytes(dtypes, slow, on_device, mon
         for access, least in (("ld.global", loads), ("st.global", stores)):
             wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
             assert len(wide) >= least
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    "dtypes, slow, measure, update",
+    [
+        ((F32, F32, F32, F32), 0, True, True),
+        ((BF16, BF16, F32, F32), 2, True, True),
+        ((F32, F32, F32, F32), 1, True, False),
+        ((F64, F64, F64, F64), 2, False, True),
+    ],
+)
+def test_the_learned_pass_compiles_to_accesses_of_16_bytes(
+    dtypes, slow, measure, update, monkeypatch
+):
+    module = without_interpreter("nested_optim.kernels.learned_adamw", monkeypatch)
+    wide = F64 if F64 in dtypes else F32
+    kinds = {"spans": "*i32", "rows": "*i64", "addresses": "*i64"}
+    kinds |= dict.fromkeys(("orders", "multipliers", "sums"), "*fp64")
+    roles = zip(("PARAM", "GRAD", "MOMENT", "SLOWKIND", "WIDE"), (*dtypes, wide))
+    constants = {role: module.KINDS[dtype] for role, dtype in roles}
+    constants |= {"N_SLOW": slow, "NORMALIZE": True, "AMSGRAD": False}
+    constants |= {"MEASURE": measure, "UPDATE": update}
+    constants |= {"CHUNK": module.CHUNK, "SPAN": module.SPAN}
+    lines = lines_of_ptx(module.pass_kernel, kinds, constants, module.NUM_WARPS)
+    # Both moments and slow ones; the last gradient, read or written; parameter and gradient, of
+    # which a thread has 8 bytes where they are narrow.
+    own = dtypes[0] != BF16
+    loads, stores = 2 + slow + measure + 2 * own, 3 + slow + own
+    for access, least in (("ld.global", loads), ("st.global", stores * update)):
+        found = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
+        assert len(found) >= least
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("slow, learns", [(2, True), (0, False)])
+@pytest.mark.parametrize("kept", [F32, F64], ids=str)
+def test_the_learned_networks_compile(kept, slow, learns, monkeypatch):
+    module = without_interpreter("nested_optim.kernels.learned_networks", monkeypatch)
+    kind = {F32: "fp32", F64: "fp64"}[kept]
+    flats = ("controller", "controller_start", "momentum", "momentum_start", "mixing")
+    kinds = {"rows": "*i64", "steps": "*i64", "settings": "*fp64", **dict.fromkeys(flats, "*fp32")}
+    kinds |= {"multipliers": "*fp64", "seen": f"*{kind}", "said": "*fp64", "orders": "*fp64"}
+    constants = {"KEPT": {"fp32": triton.language.float32, "fp64": triton.language.float64}[kind]}
+    constants |= {"LEARN_LR": True, "LEARN_MOMENTUM": True, "LEARN_MIXING": slow > 0}
+    constants |= {"CONTROLLER": 32, "CONTROLLER_WIDTH": 32, "MOMENTUM": 50, "MOMENTUM_WIDTH": 64}
+    constants |= {"F1": 10, "F2": 100, "N_SLOW": slow, "BLOCK": module.BLOCK}
+    lines = lines_of_ptx(
+        module.inputs_kernel, {**kinds, "n_groups": "i32"}, constants, module.NUM_WARPS
+    )
+    assert any("st.global" in line for line in lines)
+    for name in ("multipliers", "said", "orders"):
+        del kinds[name]
+    kinds |= dict.fromkeys(("sums", "lengths", "found"), "*fp64")
+    kinds |= dict.fromkeys(("n_tensors", "n_groups", "total"), "i32")
+    constants |= {"LEARN": learns, "KEEP": True}
+    lines = lines_of_ptx(module.learn_kernel, kinds, constants, module.NUM_WARPS)
+    assert any("st.global" in line for line in lines)
+    kinds = {"found": "*fp64", "lengths": "*fp64", "modules": "*i64", "n_tensors": "i32"}
+    constants = {"COSINE": learns, "BLOCK": 1024}
+    lines = lines_of_ptx(module.collect_kernel, kinds, constants, module.NUM_WARPS)
+    assert any("st.global" in line for line in lines)

@@ -34,7 +34,7 @@ LAYERS = 2
 _BETAS, _EPS = (0.9, 0.99), 1e-8
 
 #: What mixing weights' parameters are multiplied by; see ``networks.GAIN``.
-_MIXING_GAIN = networks.GAIN / 2
+MIXING_GAIN = networks.GAIN / 2
 
 #: How far a step down a sum of cosines' gradients may take a module's weights. The derivative of a
 #: multiplier's log by these weights has a length of 27 to 45 at the start, so that a multiplier
@@ -161,7 +161,7 @@ def inputs(
     if "mixing" in flats:
         flat = flats["mixing"]
         first = torch.arange(len(flat), device=flat.device) == 0
-        mixing = networks.bounded(_MIXING_GAIN * flat, -1.0, 1.0) + first
+        mixing = networks.bounded(MIXING_GAIN * flat, -1.0, 1.0) + first
     return Inputs(multiplier, scale, shift, damping, mixing)
 
 

@@ -12,13 +12,12 @@ from . import networks
 from .controller import check_count
 from .features import TENSOR_FEATURES, measure, tensor_features
 
-#: scale within a factor of 10; shift as far as one whole gradient
-_SCALE = math.log(10.0)
-_SHIFT = 1.0
+#: Of the logarithm of scale, a factor of 10, and of shift, one whole gradient.
+LIMITS = (math.log(10.0), 1.0)
 #: How fast scale, shift and damping are learned beside a multiplier. What one step says about shift
 #: and damping is mostly that momentum is too old for the next step (short-horizon bias); learned at
 #: a multiplier's pace they do harm.
-_PACES = (1 / 4, 1 / 16, 1 / 32)
+PACES = (1 / 4, 1 / 16, 1 / 32)
 
 
 class Correction(NamedTuple):
@@ -29,14 +28,18 @@ class Correction(NamedTuple):
     damping: Tensor
 
 
+def longest_memory(beta: float) -> float:
+    """How far below 0 damping may go: a momentum then remembers twice as long."""
+    return 0.5 * (1 - beta) / beta if beta > 0 else 1.0
+
+
 def corrections(
     weights: Tensor, features: Tensor, hidden: int, layers: int, beta: float
 ) -> Correction:
     """Scale, shift and damping, each ``(rows,)``; exactly 1, 0, 0 at the start.
 
     Scale is in (0.1, 10), shift in (-1, 1). Damping is below 1 (which forgets all), and above the
-    value at which ``beta * (1 - damping)`` were halfway between beta and 1: the momentum then
-    remembers twice as long.
+    value at which ``beta * (1 - damping)`` were halfway between beta and 1.
 
     Args:
         weights: flat, of the features' dtype.
@@ -46,12 +49,12 @@ def corrections(
         beta: the momentum's decay rate.
     """
     out = networks.mlp(weights, features, hidden, 3, layers)
-    scale, shift, damping = (part * pace for part, pace in zip(out.unbind(-1), _PACES))
-    longest = 0.5 * (1 - beta) / beta if beta > 0 else 1.0
+    scale, shift, damping = (part * pace for part, pace in zip(out.unbind(-1), PACES))
+    factor, furthest = LIMITS
     return Correction(
-        torch.exp(networks.bounded(scale, -_SCALE, _SCALE)),
-        networks.bounded(shift, -_SHIFT, _SHIFT),
-        networks.bounded(damping, -longest, 1.0),
+        torch.exp(networks.bounded(scale, -factor, factor)),
+        networks.bounded(shift, -furthest, furthest),
+        networks.bounded(damping, -longest_memory(beta), 1.0),
     )
 
 

@@ -43,9 +43,10 @@ def _start(inputs: int, hidden: int, outputs: int, layers: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _start_like(
+def start_on(
     inputs: int, hidden: int, outputs: int, layers: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
+    """The same, kept for all who ask: not to be written to."""
     return _start(inputs, hidden, outputs, layers).to(device, dtype)
 
 
@@ -71,7 +72,7 @@ def mlp(weights: Tensor, features: Tensor, hidden: int, outputs: int, layers: in
         ``(rows, outputs)``.
     """
     inputs = features.shape[-1]
-    start = _start_like(inputs, hidden, outputs, layers, weights.device, weights.dtype)
+    start = start_on(inputs, hidden, outputs, layers, weights.device, weights.dtype)
     shapes = sizes(inputs, hidden, outputs, layers)
     return GAIN * (_forward(weights, features, shapes) - _forward(start, features, shapes))
 

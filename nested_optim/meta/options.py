@@ -25,6 +25,9 @@ MAX_MOMENTA = 8
 #: Where a parameter's state keeps those beside the first.
 SLOW_KEYS = tuple(f"exp_avg_slow{i}" for i in range(1, MAX_MOMENTA))
 
+#: What fused=True has kernels for: momenta, and units in a layer of the networks.
+MAX_FUSED_MOMENTA, MAX_FUSED_HIDDEN = 3, 128
+
 #: Options that all groups share.
 SHARED = (
     "meta_lr",
@@ -48,7 +51,6 @@ shared = itemgetter(*SHARED)
 
 #: What NestedOptimizer can do and a learned update cannot, and why.
 _PLAIN_ONLY = {
-    "fused": "it has no fused kernel",
     "capturable": "it counts updates on the host",
     "differentiable": "meta_update() goes back through steps instead",
     "kahan_sum": "its rule carries no compensation",
@@ -123,6 +125,8 @@ def check_plain_only(options: Mapping[str, Any], where: str) -> None:
     """Raise for what a learned update cannot do."""
     if is_plain(options):
         return
+    if options["fused"]:
+        _check_fused(options, where)
     for key, why in _PLAIN_ONLY.items():
         if options[key]:
             raise RuntimeError(
@@ -133,6 +137,32 @@ def check_plain_only(options: Mapping[str, Any], where: str) -> None:
         raise RuntimeError(
             f"{where}a learned update does not support betas that are tensors: give numbers"
         )
+
+
+def check_same_pass(group: Mapping[str, Any], first: Mapping[str, Any], where: str) -> None:
+    """Raise where one pass is to update some groups and not others."""
+    if bool(group["fused"]) != bool(first["fused"]) and not is_plain(group):
+        raise RuntimeError(
+            f"{where}fused is {group['fused']}, but {first['fused']} in the first group: learned "
+            "updates of all groups are one pass; set it for all of them"
+        )
+
+
+def _check_fused(options: Mapping[str, Any], where: str) -> None:
+    """Raise for learned updates that have no kernels."""
+    if options["mode"] == "explicit":
+        raise RuntimeError(
+            f"{where}`fused` needs mode='simple': in explicit mode the networks look at gradients "
+            "before one pass over memory could use them"
+        )
+    if len(options["cms_frequencies"]) > MAX_FUSED_MOMENTA and options["learn_mixing"]:
+        raise RuntimeError(
+            f"{where}`fused` has kernels for {MAX_FUSED_MOMENTA} momenta at most, but "
+            f"cms_frequencies has {len(options['cms_frequencies'])} entries"
+        )
+    for key in ("momentum_hidden_dim", "controller_hidden_dim"):
+        if options[key] > MAX_FUSED_HIDDEN:
+            raise RuntimeError(f"{where}`fused` needs {key} <= {MAX_FUSED_HIDDEN}")
 
 
 def subject(

@@ -1,0 +1,419 @@
+"""The learned step on the kernels: one pass over all tensors, and a few launches around it.
+
+A :class:`FusedLearning` belongs to one optimizer and holds nothing that a checkpoint needs. Its
+plans are made from parameters and their state, and every step verifies that they still describe
+them: the same tensors, at the same addresses, with the same options.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_value
+
+from . import kernels
+from .meta import learned, networks, options
+from .meta.features import GROUP_FEATURES, TENSOR_FEATURES
+from .meta.momentum import LIMITS, PACES, longest_memory
+from .meta.simple import Due
+from .nested import _count
+from .rules.deep_nested import Inputs
+
+if TYPE_CHECKING:
+    from .deep_nested import DeepNestedOptimizer
+
+#: Plans that are kept at once: one for each set of parameters that are updated together.
+_MAX_PLANS = 32
+#: Programs of the launch that goes back through the networks; each keeps sums of its own.
+_PROGRAMS = 64
+_SETTINGS = 24
+
+_dtype, _pointer = attrgetter("dtype"), Tensor.data_ptr
+
+
+def _state_keys(group: dict[str, Any], slow_keys: Sequence[str]) -> tuple[str, ...]:
+    """Where a parameter's state keeps what the pass goes over: moments, then slow momenta."""
+    moments = ["exp_avg", "previous_grad"]
+    if group["normalize"]:
+        moments.append("exp_avg_sq")
+        moments += ["max_exp_avg_sq"] if group["amsgrad"] else []
+    return (*moments, *slow_keys)
+
+
+def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
+    """Whether the kernels can do this step as a whole; otherwise other paths do.
+
+    They leave the first updates of parameters, sharded, complex, empty and overlapping ones, and
+    parameters that are not all on the device of the networks.
+    """
+    first = optimizer.param_groups[0]
+    device = first["params"][0].device
+    if not kernels.available(device):
+        return False
+    flats = [
+        first[f"{module}_{part}"] for module in learned.modules(first) for part in learned.PARTS
+    ]
+    if any(t is None or t.dtype != torch.float32 or t.device != device for t in flats):
+        return False
+    slow_keys = optimizer._slow_keys(first)
+    traces = set()
+    for group, params, grads in dues:
+        keys = _state_keys(group, slow_keys)
+        for param, grad in zip(params, grads):
+            state = optimizer.state[param]
+            if not state.keys() >= {"update_trace", *keys} or _get_value(state["step"]) < 1:
+                return False
+            tensors = [state[key] for key in keys]
+            dense = torch.empty_like(param, device="meta").stride()
+            n_moments = len(keys) - len(slow_keys)
+            if (
+                type(param) not in (Tensor, torch.nn.Parameter)
+                or type(grad) is not Tensor
+                or param.numel() == 0
+                or any(t.device != device for t in (param, grad, state["update_trace"], *tensors))
+                or any(t.dtype not in kernels.DTYPES for t in (param, grad, *tensors))
+                or any(t.stride() != dense for t in (param, *tensors))
+                or len(set(map(_dtype, tensors[:n_moments]))) > 1
+                or len(set(map(_dtype, tensors[n_moments:]))) > 1
+            ):
+                return False
+            traces.add(state["update_trace"].dtype)
+    return len(traces) == 1
+
+
+class _Launch:
+    """Tensors of a plan that have all their dtypes in common: one launch of the pass."""
+
+    def __init__(self, plan: _Plan, at: list[int], kinds: tuple[torch.dtype, ...]) -> None:
+        from .kernels.learned_adamw import KINDS, SPAN
+
+        param, grad, moment, slow = kinds
+        wide = torch.promote_types(torch.promote_types(param, moment), torch.float32)
+        self.kinds = [KINDS[dtype] for dtype in (param, grad, moment, slow, wide)]
+        spans = array("i")
+        for i in at:
+            plan.first_span[i] = len(spans)
+            spans.extend(array("i", [i]) * (-(-plan.params[i].numel() // SPAN)))
+        self.count = len(spans)
+        self.spans = _upload(torch.frombuffer(spans, dtype=torch.int32), plan.device)
+
+
+class _Plan:
+    """What one step does with its parameters, and what it was made for."""
+
+    def __init__(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> None:
+        from .kernels.learned_adamw import ORDER, ROW, SPAN, SUMS
+        from .kernels.tables import AddressRing
+
+        first = optimizer.param_groups[0]
+        self.device = first["params"][0].device
+        self.slow_keys = optimizer._slow_keys(first)
+        self.groups = [due.group for due in dues]
+        self.params = [p for due in dues for p in due.params]
+        self.grad_dtypes = [grad.dtype for due in dues for grad in due.grads]
+        self.structure = _structure(self.groups)
+        self.places = [optimizer._place(group) for group in self.groups]
+        self.tensors = self._tensors(optimizer)
+        self.memory = self._memory()
+        states = [optimizer.state[p] for p in self.params]
+        self.steps = [state["step"] for state in states]
+        self.strides = [p.stride() for p in self.params]
+        traces = [state["update_trace"] for state in states]
+        self.kept = traces[0].dtype
+
+        count, n_groups = len(self.params), len(self.groups)
+        sizes = [len(due.params) for due in dues]
+        self.starts = [sum(sizes[:d]) for d in range(n_groups + 1)]
+        self.elements = [sum(p.numel() for p in due.params) for due in dues]
+        split: dict[tuple[torch.dtype, ...], list[int]] = {}
+        for i, (param, grad_dtype, state) in enumerate(zip(self.params, self.grad_dtypes, states)):
+            moment = state["exp_avg"].dtype
+            slow = state[self.slow_keys[0]].dtype if self.slow_keys else moment
+            split.setdefault((param.dtype, grad_dtype, moment, slow), []).append(i)
+        self.first_span = [0] * count
+        self.launches = [_Launch(self, at, kinds) for kinds, at in split.items()]
+
+        rows, n_spans = array("q"), 0
+        group_of = [d for d, size in enumerate(sizes) for _ in range(size)]
+        for i, (param, state) in enumerate(zip(self.params, states)):
+            keys = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "previous_grad", *self.slow_keys]
+            moments = _state_keys(self.groups[group_of[i]], self.slow_keys)
+            own = [param, *(state[key] if key in moments else None for key in keys)]
+            addresses = [0 if t is None else t.data_ptr() for t in own]
+            addresses += [0] * (7 - len(addresses))
+            merged = 0
+            for address in addresses:
+                merged |= address
+            spans = -(-param.numel() // SPAN)
+            numbers = [param.numel(), self.first_span[i], n_spans, spans, group_of[i], merged]
+            row = [*addresses, traces[i].data_ptr(), *numbers]
+            rows.extend(row + [0] * (ROW - len(row)))
+            n_spans += spans
+        self.rows = _upload(torch.frombuffer(rows, dtype=torch.int64), self.device)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.ring = AddressRing(2 * count, self.device)
+        self.upload = empty(2 * count, dtype=torch.int64)
+        self.settings = empty(n_groups, _SETTINGS)
+        self.multipliers = empty(n_groups)
+        self.seen = empty(n_groups + count, 8, dtype=self.kept)
+        self.said = empty(count + 2, 4)
+        self.orders = empty(count, ORDER)
+        self.sums = empty(n_spans, SUMS)
+        self.lengths = empty(count, 2)
+        self.modules = learned.modules(first)
+        self.total = sum(first[f"{module}_weights"].numel() for module in self.modules)
+        self.found = empty(min(count, _PROGRAMS), self.total)
+        self._packed: array[float] | None = None
+        self._gathered: tuple[list[int], Tensor] | None = None
+        self._held: list[Tensor] = []  # gradients' copies, until they have been used
+
+    def _tensors(self, optimizer: DeepNestedOptimizer) -> list[Tensor]:
+        found: list[Tensor] = []
+        for p in self.params:
+            state = optimizer.state[p]
+            found += [t for key, t in state.items() if key not in ("window_sum", "window_count")]
+        return found
+
+    def _memory(self) -> list[int]:
+        return list(map(_pointer, chain(self.params, self.tensors)))
+
+    def fits(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
+        """Whether these are the tensors and options that the plan was made for."""
+        tensors = self._tensors(optimizer)
+        return (
+            len(tensors) == len(self.tensors)
+            and all(map(is_, tensors, self.tensors))
+            and [grad.dtype for due in dues for grad in due.grads] == self.grad_dtypes
+            and all(type(grad) is Tensor for due in dues for grad in due.grads)
+            and len(dues) == len(self.groups)
+            and all(due.group is group for due, group in zip(dues, self.groups))
+            and [optimizer._place(group) for group in self.groups] == self.places
+            and _structure(self.groups) == self.structure
+            and self._memory() == self.memory
+        )
+
+    # ------------------------------------------------------------------ launches
+
+    def learn_alone(self, first: dict[str, Any]) -> None:
+        """Gather what the gradients teach, for a meta update before the update."""
+        with _on(self.device):
+            self._inputs(first)
+            self._run(first, measure=True, update=False)
+            self._learn(first, learn=True, keep=False)
+
+    def update(self, first: dict[str, Any], *, learn: bool) -> dict[int, Inputs]:
+        """Update, and gather on the way; of each group's place, what the networks said."""
+        _count(self.steps)
+        with _on(self.device):
+            self._inputs(first)
+            self._run(first, measure=learn, update=True)
+            self._learn(first, learn=learn, keep=True)
+        self._held = []
+        return self._said()
+
+    def begin(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> None:
+        """Bring gradients' addresses, counts and options to the device."""
+        grads: list[Tensor] = []
+        for i, grad in enumerate(chain.from_iterable(due.grads for due in dues)):
+            if grad.stride() != self.strides[i]:
+                grad = torch.empty_strided(
+                    grad.shape, self.strides[i], dtype=grad.dtype, device=grad.device
+                ).copy_(grad)
+            grads.append(grad)
+        self._held = grads
+        steps = [int(_get_value(step)) for step in self.steps]
+        self.upload.copy_(self.ring.write([*map(_pointer, grads), *steps]), non_blocking=True)
+        loss = optimizer._loss
+        on_device: list[tuple[Any, Tensor]] = []
+        if loss is not None and not loss.is_cpu:
+            on_device.append((slice(None), loss.detach().reshape(())))
+        told = 0.0 if loss is None or on_device else float(loss)
+        packed = array("d")
+        for d, group in enumerate(self.groups):
+            rates = []
+            for column, key in enumerate(("lr", "weight_decay")):
+                value = group[key]
+                if isinstance(value, Tensor) and not value.is_cpu:
+                    on_device.append(((d, column), value.detach().reshape(())))
+                    value = 0.0
+                rates.append(float(value))
+            beta1, beta2 = map(float, group["betas"])
+            numbers = [*rates, beta1, beta2, group["eps"], float(group["decoupled"])]
+            numbers += [-1.0 if group["maximize"] else 1.0, self.places[d][1]]
+            numbers += [self.starts[d], self.starts[d + 1] - self.starts[d], self.elements[d]]
+            numbers += [told, float(loss is not None)]
+            numbers += [math.log(group["min_lr_mult"]), math.log(group["max_lr_mult"]), *LIMITS]
+            numbers += [networks.GAIN, learned.MIXING_GAIN, *PACES, longest_memory(beta1), 0.0]
+            packed.extend(map(float, numbers))
+        if packed != self._packed:
+            host = torch.frombuffer(packed, dtype=torch.float64).view(-1, _SETTINGS)
+            self.settings.copy_(_pinned(host, self.device), non_blocking=True)
+            # What a tensor on the device said is overwritten, and has to be said again.
+            self._packed = packed
+        for where, value in on_device:
+            target = self.settings[:, 11] if isinstance(where, slice) else self.settings[where]
+            target.copy_(value, non_blocking=True)
+
+    def _networks(self, first: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+        """What the launches around the pass take in common: weights, and what is known of them."""
+        hidden = {"controller": first["controller_hidden_dim"]}
+        hidden["momentum"] = first["momentum_hidden_dim"]
+        flats: list[Tensor] = []
+        for module, ends in (
+            ("controller", (GROUP_FEATURES, 1)),
+            ("momentum", (TENSOR_FEATURES, 3)),
+        ):
+            if module in self.modules:
+                shape = ends[0], hidden[module], ends[1], learned.LAYERS
+                start = networks.start_on(*shape, self.device, torch.float32)
+                flats += [first[f"{module}_weights"], start]
+            else:
+                flats += [self.lengths, self.lengths]
+                hidden[module] = 16
+        flats.append(first["mixing_weights"] if "mixing" in self.modules else self.lengths)
+        frequencies = [*first["cms_frequencies"][1:], 1, 1] if self.slow_keys else [1, 1]
+        from .kernels.learned_adamw import KINDS
+
+        known = {
+            "KEPT": KINDS[self.kept],
+            "LEARN_LR": "controller" in self.modules,
+            "LEARN_MOMENTUM": "momentum" in self.modules,
+            "LEARN_MIXING": "mixing" in self.modules,
+            "CONTROLLER": hidden["controller"],
+            "CONTROLLER_WIDTH": max(16, 1 << (hidden["controller"] - 1).bit_length()),
+            "MOMENTUM": hidden["momentum"],
+            "MOMENTUM_WIDTH": max(16, 1 << (hidden["momentum"] - 1).bit_length()),
+            "F1": frequencies[0],
+            "F2": frequencies[1],
+            "N_SLOW": len(self.slow_keys),
+        }
+        return flats, known
+
+    def _inputs(self, first: dict[str, Any]) -> None:
+        """What multiplies what in the pass, by the networks' present weights."""
+        from .kernels import learned_networks as source
+
+        flats, known = self._networks(first)
+        count, n_groups = len(self.params), len(self.groups)
+        run: Any = source.inputs_kernel[(n_groups + count,)]
+        run(
+            self.rows, self.upload[count:], self.settings, *flats, self.multipliers, self.seen,
+            self.said, self.orders, n_groups, **known,
+            BLOCK=source.BLOCK, num_warps=source.NUM_WARPS,
+        )  # fmt: skip
+
+    def _run(self, first: dict[str, Any], *, measure: bool, update: bool) -> None:
+        """The pass over all tensors: products with the update before, the update, or both."""
+        from .kernels import learned_adamw as source
+
+        amsgrad = first["normalize"] and self.groups[0]["amsgrad"]
+        for launch in self.launches:
+            run: Any = source.pass_kernel[(launch.count,)]
+            run(
+                launch.spans, self.rows, self.upload, self.orders, self.multipliers, self.sums,
+                *launch.kinds, len(self.slow_keys), first["normalize"], amsgrad, measure, update,
+                source.CHUNK, source.SPAN, num_warps=source.NUM_WARPS,
+            )  # fmt: skip
+
+    def _learn(self, first: dict[str, Any], *, learn: bool, keep: bool) -> None:
+        """After the pass: gather what it says about the weights; write the traces."""
+        from .kernels import learned_networks as source
+
+        flats, known = self._networks(first)
+        count = len(self.params)
+        run: Any = source.learn_kernel[(len(self.found),)]
+        run(
+            self.rows, self.upload[count:], self.settings, *flats, self.seen, self.sums,
+            self.lengths, self.found, count, len(self.groups), self.total, **known,
+            LEARN=learn, KEEP=keep, BLOCK=source.BLOCK, num_warps=source.NUM_WARPS,
+        )  # fmt: skip
+        if not learn:
+            return
+        kept = [first[f"{module}_grad"] for module in self.modules]
+        collect: Any = source.collect_kernel[(len(kept),)]
+        collect(
+            self.found.sum(0), self.lengths, self._places_of(kept), count,
+            first["meta_rule"] == "cosine", 1024, num_warps=source.NUM_WARPS,
+        )  # fmt: skip
+
+    def _places_of(self, kept: list[Tensor]) -> Tensor:
+        """Of each module: where it gathers, where its derivatives begin, how many they are."""
+        addresses = list(map(_pointer, kept))
+        if self._gathered is None or self._gathered[0] != addresses:
+            table, begin = array("q"), 0
+            for tensor in kept:
+                table.extend([tensor.data_ptr(), begin, tensor.numel()])
+                begin += tensor.numel()
+            host = torch.frombuffer(table, dtype=torch.int64)
+            self._gathered = addresses, _upload(host, self.device)
+        return self._gathered[1]
+
+    def _said(self) -> dict[int, Inputs]:
+        found = {}
+        mixing = self.said[len(self.params), : 1 + len(self.slow_keys)]
+        for d, (at, _) in enumerate(self.places):
+            scale, shift, damping, _ = self.said[self.starts[d] : self.starts[d + 1]].unbind(1)
+            learns = "momentum" in self.modules
+            found[at] = Inputs(
+                self.multipliers[d : d + 1] if "controller" in self.modules else None,
+                scale if learns else None,
+                shift if learns else None,
+                damping if learns else None,
+                mixing if "mixing" in self.modules else None,
+            )
+        return found
+
+
+def _structure(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    return [(options.shared(group), group["amsgrad"], group["fused"]) for group in groups]
+
+
+class FusedLearning:
+    """The plans of one optimizer."""
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+
+    def find(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> _Plan | None:
+        """The plan for a step on these, or None if the kernels leave it to other paths."""
+        key = tuple(id(p) for due in dues for p in due.params)
+        plan = self._plans.get(key)
+        if plan is not None and plan.fits(optimizer, dues):
+            return plan
+        self._plans.pop(key, None)
+        if len({due.group["amsgrad"] for due in dues}) > 1 or not _serves(optimizer, dues):
+            return None
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        plan = self._plans[key] = _Plan(optimizer, dues)
+        return plan
+
+    def forget(self) -> None:
+        """Drop the plans: the optimizer's state has been replaced."""
+        self._plans.clear()
+
+
+def _on(device: torch.device) -> Any:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _pinned(host: Tensor, device: torch.device) -> Tensor:
+    host = host.clone()
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    return _pinned(host, device).to(device, non_blocking=True)

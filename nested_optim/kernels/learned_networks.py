@@ -1,0 +1,599 @@
+"""The networks behind a learned update, forward and backward, for all tensors in few launches.
+
+What :mod:`nested_optim.meta` computes with torch's operations, some hundred small ones per step,
+is here :func:`inputs_kernel` before the pass over the parameters and :func:`learn_kernel` and
+:func:`collect_kernel` after it. All of it is computed in float64, as it is there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Tensors per pass of a program's loop over a group, and spans per pass over a tensor's sums.
+BLOCK = 64
+NUM_WARPS = 8
+
+
+@triton.jit
+def _tanh(x):
+    # Exact to rounding, and 1 or -1 where the exponential overflows or is 0.
+    return 1 - 2 / (tl.exp(2 * x) + 1)
+
+
+@triton.jit
+def _log_size(norm, count):
+    return tl.log(norm / tl.sqrt(count) + 1e-12) / 10
+
+
+@triton.jit
+def _finite(x):
+    # A feature that is no number counts as 0, one that is infinite as its bound.
+    x = tl.where(x == x, x, 0.0)
+    return tl.minimum(tl.maximum(x, -3.0), 3.0)
+
+
+@triton.jit
+def _as_kept(x, KEPT: tl.constexpr):
+    # As the trace keeps it, from which its derivative will be taken.
+    return x.to(KEPT).to(tl.float64)
+
+
+@triton.jit
+def _bounded(x, low, high):
+    bound = tl.where(x < 0, -low, high)
+    return x / tl.sqrt(1 + (x / bound) * (x / bound))
+
+
+@triton.jit
+def _slope(x, low, high):
+    """The derivative of ``_bounded``."""
+    bound = tl.where(x < 0, -low, high)
+    root = tl.sqrt(1 + (x / bound) * (x / bound))
+    return 1 / (root * root * root)
+
+
+@triton.jit
+def _at(vector, k, lanes):
+    """The k-th number of a vector."""
+    return tl.sum(tl.where(lanes == k, vector, 0.0))
+
+
+@triton.jit
+def _hidden(
+    flat, x, IN: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr
+):
+    """Both hidden layers and up to three outputs of a network, for one row of 8 features."""
+    f = tl.arange(0, 8)
+    i = tl.arange(0, WIDTH)
+    tile = flat + i[:, None] * (IN + 1) + f[None, :]
+    known = (i[:, None] < HIDDEN) & (f[None, :] < IN)
+    matrix = tl.load(tile, mask=known, other=0.0).to(tl.float64)
+    bias = tl.load(flat + i * (IN + 1) + IN, mask=i < HIDDEN, other=0.0).to(tl.float64)
+    first = _tanh(tl.sum(matrix * x[None, :], axis=1) + bias)
+    flat += HIDDEN * (IN + 1)
+    tile = flat + i[:, None] * (HIDDEN + 1) + i[None, :]
+    known = (i[:, None] < HIDDEN) & (i[None, :] < HIDDEN)
+    matrix = tl.load(tile, mask=known, other=0.0).to(tl.float64)
+    bias = tl.load(flat + i * (HIDDEN + 1) + HIDDEN, mask=i < HIDDEN, other=0.0).to(tl.float64)
+    second = _tanh(tl.sum(matrix * first[None, :], axis=1) + bias)
+    flat += HIDDEN * (HIDDEN + 1)
+    out0 = _output(flat, second, i, HIDDEN)
+    out1, out2 = out0, out0
+    if OUT == 3:
+        out1 = _output(flat + HIDDEN + 1, second, i, HIDDEN)
+        out2 = _output(flat + 2 * (HIDDEN + 1), second, i, HIDDEN)
+    return first, second, out0, out1, out2
+
+
+@triton.jit
+def _output(flat, second, i, HIDDEN: tl.constexpr):
+    row = tl.load(flat + i, mask=i < HIDDEN, other=0.0).to(tl.float64)
+    return tl.sum(row * second) + tl.load(flat + HIDDEN).to(tl.float64)
+
+
+@triton.jit
+def _slow_weight(step, frequency, beta):
+    """``rules.deep_nested.slow_weight``."""
+    chunks = (step - 1) // frequency
+    inside = (step - chunks * frequency).to(tl.float64)
+    old = 1 - _power(beta, chunks)
+    return beta * old + (1 - beta) * inside / frequency
+
+
+@triton.jit
+def _power(beta, step):
+    return tl.where(step == 0, 1.0, tl.exp(step.to(tl.float64) * tl.log(beta)))
+
+
+@triton.jit
+def _of_group(
+    rows,
+    steps,
+    settings,
+    controller,
+    controller_start,
+    multipliers,
+    seen,
+    pid,
+    KEPT: tl.constexpr,
+    LEARN_LR: tl.constexpr,
+    CONTROLLER: tl.constexpr,
+    CONTROLLER_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A group's multiplier."""
+    k = tl.arange(0, 8)
+    setting = settings + pid * 24
+    begin = tl.load(setting + 8).to(tl.int64)
+    count = tl.load(setting + 9).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    g_g = tl.zeros([BLOCK], tl.float64)
+    p_p = tl.zeros([BLOCK], tl.float64)
+    latest = tl.zeros([BLOCK], tl.int64)
+    for at in range(0, count, BLOCK):
+        known = at + lanes < count
+        tensor = begin + at + lanes
+        trace = tl.load(rows + tensor * 16 + 7, mask=known, other=0)
+        trace = trace.to(tl.pointer_type(KEPT))
+        g = tl.load(trace + 12, mask=known, other=0.0).to(tl.float64)
+        p = tl.load(trace + 15, mask=known, other=0.0).to(tl.float64)
+        g_g += g * g
+        p_p += p * p
+        latest = tl.maximum(latest, tl.load(steps + tensor, mask=known, other=0))
+    elements = tl.load(setting + 10)
+    step = (tl.max(latest, axis=0) + 1).to(tl.float64)
+    loss = tl.load(setting + 11)
+    sign = tl.where(loss > 0, 1.0, tl.where(loss < 0, -1.0, loss))
+    x = tl.where(k == 0, _log_size(tl.sqrt(tl.sum(g_g)), elements), 0.0)
+    x = tl.where(k == 1, _log_size(tl.sqrt(tl.sum(p_p)), elements), x)
+    x = tl.where(k == 2, 2 * tl.load(setting + 7) - 1, x)
+    x = tl.where(k == 3, tl.log(1 + step) / 10, x)
+    x = tl.where(k == 4, sign * tl.log(1 + tl.abs(loss)) / 10, x)
+    x = tl.where(k == 5, tl.load(setting + 12), x)
+    x = tl.where(k < 6, _finite(x), 0.0)
+    out = 1.0
+    if LEARN_LR:
+        tl.store(seen + pid * 8 + k, x.to(KEPT))
+        x = _as_kept(x, KEPT)
+        _, _, here, _, _ = _hidden(controller, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
+        _, _, there, _, _ = _hidden(controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
+        raw = tl.load(setting + 17) * (here - there)
+        out = tl.exp(_bounded(raw, tl.load(setting + 13), tl.load(setting + 14)))
+    else:
+        tl.store(seen + pid * 8 + k, tl.zeros([8], tl.float64).to(KEPT))
+    tl.store(multipliers + pid, out)
+
+
+@triton.jit
+def _of_tensor(
+    rows,
+    steps,
+    settings,
+    momentum,
+    momentum_start,
+    mixing,
+    seen,
+    said,
+    orders,
+    tensor,
+    n_groups,
+    KEPT: tl.constexpr,
+    LEARN_MOMENTUM: tl.constexpr,
+    LEARN_MIXING: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    MOMENTUM_WIDTH: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+    N_SLOW: tl.constexpr,
+):
+    """What a tensor's update takes, but for the multiplier."""
+    k = tl.arange(0, 8)
+    row = rows + tensor * 16
+    setting = settings + tl.load(row + 12) * 24
+    lr = tl.load(setting)
+    weight_decay = tl.load(setting + 1)
+    beta1 = tl.load(setting + 2)
+    beta2 = tl.load(setting + 3)
+    decoupled = tl.load(setting + 5) != 0
+    last = tl.load(steps + tensor)
+    step = last + 1
+
+    scale, shift, damping = 1.0, 0.0, 0.0
+    x = tl.zeros([8], tl.float64)
+    if LEARN_MOMENTUM:
+        trace = tl.load(row + 7).to(tl.pointer_type(KEPT)) + 12
+        count = tl.load(row + 8).to(tl.float64)
+        x = tl.where(k == 0, _log_size(tl.load(trace).to(tl.float64), count), x)
+        x = tl.where(k == 1, _log_size(tl.load(trace + 1).to(tl.float64), count), x)
+        x = tl.where(k == 2, tl.load(trace + 2).to(tl.float64), x)
+        x = tl.where(k == 3, _log_size(tl.load(trace + 3).to(tl.float64), count), x)
+        x = _as_kept(tl.where(k < 4, _finite(x), 0.0), KEPT)
+        _, _, out0, out1, out2 = _hidden(momentum, x, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
+        _, _, at0, at1, at2 = _hidden(momentum_start, x, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
+        gain = tl.load(setting + 17)
+        out0 = gain * (out0 - at0) * tl.load(setting + 19)
+        out1 = gain * (out1 - at1) * tl.load(setting + 20)
+        out2 = gain * (out2 - at2) * tl.load(setting + 21)
+        scale = tl.exp(_bounded(out0, -tl.load(setting + 15), tl.load(setting + 15)))
+        shift = _bounded(out1, -tl.load(setting + 16), tl.load(setting + 16))
+        damping = _bounded(out2, -tl.load(setting + 22), tl.full([], 1.0, tl.float64))
+    tl.store(seen + (n_groups + tensor) * 8 + k, x.to(KEPT))
+    tl.store(said + tensor * 4, scale)
+    tl.store(said + tensor * 4 + 1, shift)
+    tl.store(said + tensor * 4 + 2, damping)
+
+    order = orders + tensor * 24
+    correction = 1 - _power(beta1, step)
+    w0 = 1.0
+    if LEARN_MIXING:
+        gain = tl.load(setting + 18)
+        w0 += _bounded(gain * tl.load(mixing).to(tl.float64), -1.0, 1.0)
+        if tensor == 0:
+            tl.store(said + (tl.num_programs(0) - n_groups) * 4, w0)
+        if N_SLOW > 0:
+            w1 = _bounded(gain * tl.load(mixing + 1).to(tl.float64), -1.0, 1.0)
+            if tensor == 0:
+                tl.store(said + (tl.num_programs(0) - n_groups) * 4 + 1, w1)
+            tl.store(order + 4, w1 * (correction / _slow_weight(step, F1, beta1)))
+            tl.store(order + 6, tl.where((step - 1) % F1 == 0, beta1, 1.0))
+            tl.store(order + 8, (1 - beta1) / F1)
+        if N_SLOW > 1:
+            w2 = _bounded(gain * tl.load(mixing + 2).to(tl.float64), -1.0, 1.0)
+            if tensor == 0:
+                tl.store(said + (tl.num_programs(0) - n_groups) * 4 + 2, w2)
+            tl.store(order + 5, w2 * (correction / _slow_weight(step, F2, beta1)))
+            tl.store(order + 7, tl.where((step - 1) % F2 == 0, beta1, 1.0))
+            tl.store(order + 9, (1 - beta1) / F2)
+    tl.store(order, 1 - damping)
+    tl.store(order + 1, 1 - beta1)
+    tl.store(order + 2, w0 * scale)
+    tl.store(order + 3, w0 * shift * correction)
+    tl.store(order + 10, lr / correction)
+    tl.store(order + 11, tl.sqrt(1 - _power(beta2, step)))
+    tl.store(order + 12, tl.sqrt(1 - _power(beta2, last)))
+    tl.store(order + 13, beta2)
+    tl.store(order + 14, tl.load(setting + 4))
+    tl.store(order + 15, tl.load(setting + 6))
+    tl.store(order + 16, tl.where(decoupled, lr * weight_decay, 0.0))
+    tl.store(order + 17, tl.where(decoupled, 0.0, weight_decay))
+
+
+@triton.jit(do_not_specialize=["n_groups"])
+def inputs_kernel(
+    rows,
+    steps,
+    settings,
+    controller,
+    controller_start,
+    momentum,
+    momentum_start,
+    mixing,
+    multipliers,
+    seen,
+    said,
+    orders,
+    n_groups,
+    KEPT: tl.constexpr,
+    LEARN_LR: tl.constexpr,
+    LEARN_MOMENTUM: tl.constexpr,
+    LEARN_MIXING: tl.constexpr,
+    CONTROLLER: tl.constexpr,
+    CONTROLLER_WIDTH: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    MOMENTUM_WIDTH: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+    N_SLOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What an update takes beside gradients and state: of a group, or of a tensor.
+
+    Args:
+        rows: see :func:`.learned_adamw.pass_kernel`.
+        steps: int64, updates so far.
+        settings: float64 ``(groups, 24)``: lr, weight decay, beta1, beta2, eps, decoupled or not,
+            sign of the gradient, place, first tensor, tensors, elements; and of all groups the
+            loss, whether it is known, bounds of multipliers' logarithms, of scale's, of shift,
+            the networks' gain, the mixture's gain, and the paces of scale, shift and damping.
+        controller, momentum, mixing: flat float32 weights, ``*_start`` those of the start.
+        multipliers: float64 ``(groups,)``, written here.
+        seen: ``(groups + tensors, 8)``, what the networks see, in the trace's dtype; written here.
+        said: float64 ``(tensors + 2, 4)``: scale, shift, damping; in the last two rows the
+            mixture. Written here.
+        orders: float64 ``(tensors, 24)``, written here: 1 - damping, 1 - beta1, factors of the
+            momentum, the gradient and the slow momenta (each times the multiplier), what the slow
+            momenta are multiplied by first and take of the gradient, lr over its correction, roots
+            of the second moment's corrections, of this update and of the one before, beta2, eps,
+            sign, lr times decoupled weight decay, L2 penalty.
+    """
+    pid = tl.program_id(0)
+    if pid < n_groups:
+        _of_group(
+            rows, steps, settings, controller, controller_start, multipliers, seen, pid,
+            KEPT, LEARN_LR, CONTROLLER, CONTROLLER_WIDTH, BLOCK,
+        )  # fmt: skip
+    else:
+        _of_tensor(
+            rows, steps, settings, momentum, momentum_start, mixing, seen, said, orders,
+            (pid - n_groups).to(tl.int64), n_groups, KEPT, LEARN_MOMENTUM, LEARN_MIXING, MOMENTUM,
+            MOMENTUM_WIDTH, F1, F2, N_SLOW,
+        )  # fmt: skip
+
+
+@triton.jit
+def _outer(a, b):
+    return a[:, None] * b[None, :]
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_groups", "total"])
+def learn_kernel(
+    rows,
+    steps,
+    settings,
+    controller,
+    controller_start,
+    momentum,
+    momentum_start,
+    mixing,
+    seen,
+    sums,
+    lengths,
+    found,
+    n_tensors,
+    n_groups,
+    total,
+    KEPT: tl.constexpr,
+    LEARN: tl.constexpr,
+    KEEP: tl.constexpr,
+    LEARN_LR: tl.constexpr,
+    LEARN_MOMENTUM: tl.constexpr,
+    LEARN_MIXING: tl.constexpr,
+    CONTROLLER: tl.constexpr,
+    CONTROLLER_WIDTH: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    MOMENTUM_WIDTH: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+    N_SLOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of every tensor: add up what the pass found, and with ``LEARN`` what it says about the
+    weights behind the update before; with ``KEEP`` write the trace of this update.
+
+    Args:
+        lengths: float64 ``(tensors, 2)``, written here: the squared lengths of the gradient, and
+            of what the update before moved.
+        found: float64 ``(programs, total)``, written here: derivatives by all weights, of the
+            controller's, then the momentum's, then the mixture's, summed over a program's tensors.
+    """
+    pid = tl.program_id(0)
+    c = tl.arange(0, 16)
+    k = tl.arange(0, 8)
+    r = tl.arange(0, BLOCK)
+    i = tl.arange(0, CONTROLLER_WIDTH)
+    j = tl.arange(0, MOMENTUM_WIDTH)
+    c1 = tl.zeros([CONTROLLER_WIDTH, 8], tl.float64)
+    c2 = tl.zeros([CONTROLLER_WIDTH, CONTROLLER_WIDTH], tl.float64)
+    c1_bias = tl.zeros([CONTROLLER_WIDTH], tl.float64)
+    c2_bias = tl.zeros([CONTROLLER_WIDTH], tl.float64)
+    c3 = tl.zeros([CONTROLLER_WIDTH], tl.float64)
+    m1 = tl.zeros([MOMENTUM_WIDTH, 8], tl.float64)
+    m2 = tl.zeros([MOMENTUM_WIDTH, MOMENTUM_WIDTH], tl.float64)
+    m1_bias = tl.zeros([MOMENTUM_WIDTH], tl.float64)
+    m2_bias = tl.zeros([MOMENTUM_WIDTH], tl.float64)
+    m3 = tl.zeros([MOMENTUM_WIDTH, 4], tl.float64)
+    o = tl.arange(0, 4)
+    m3_bias = tl.zeros([4], tl.float64)
+    c3_bias = tl.zeros([4], tl.float64)
+    mixed = tl.zeros([4], tl.float64)
+    for tensor in range(pid, n_tensors, tl.num_programs(0)):
+        row = rows + tensor * 16
+        group = tl.load(row + 12)
+        setting = settings + group * 24
+        first = tl.load(row + 10)
+        spans = tl.load(row + 11)
+        tile = tl.zeros([BLOCK, 16], tl.float64)
+        for at in range(0, spans, BLOCK):
+            known = (at + r)[:, None] < spans
+            tile += tl.load(sums + (first + at + r)[:, None] * 16 + c[None, :], known, 0.0)
+        totals = tl.sum(tile, axis=0)
+        g_g = _at(totals, 0, c)
+        g_m = _at(totals, 1, c)
+        m_m = _at(totals, 2, c)
+        p_p = _at(totals, 3, c)
+        sign = tl.load(setting + 6)
+        trace = tl.load(row + 7).to(tl.pointer_type(KEPT))
+        if LEARN:
+            last = tl.load(steps + tensor)
+            beta1 = tl.load(setting + 2)
+            correction = 1 - _power(beta1, last)
+            after = sign * _at(totals, 4, c)
+            fast = sign * _at(totals, 5, c) / correction
+            now = sign * _at(totals, 6, c)
+            lr = tl.load(trace).to(tl.float64)
+            decay = tl.load(trace + 1).to(tl.float64) * lr
+            multiplier, scale, shift, damping, w0 = 1.0, 1.0, 0.0, 0.0, 1.0
+            x = tl.load(trace + 2 + k, mask=k < 6, other=0.0).to(tl.float64)
+            y = tl.load(trace + 8 + k, mask=k < 4, other=0.0).to(tl.float64)
+            gain = tl.load(setting + 17)
+            if LEARN_LR:
+                x1, x2, out, _, _ = _hidden(controller, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
+                _, _, start, _, _ = _hidden(controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
+                raw = gain * (out - start)
+                low = tl.load(setting + 13)
+                high = tl.load(setting + 14)
+                multiplier = tl.exp(_bounded(raw, low, high))
+                to_raw = multiplier * _slope(raw, low, high) * gain
+            if LEARN_MOMENTUM:
+                y1, y2, out0, out1, out2 = _hidden(momentum, y, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
+                _, _, at0, at1, at2 = _hidden(momentum_start, y, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
+                pace0 = gain * tl.load(setting + 19)
+                pace1 = gain * tl.load(setting + 20)
+                pace2 = gain * tl.load(setting + 21)
+                raw0 = pace0 * (out0 - at0)
+                raw1 = pace1 * (out1 - at1)
+                raw2 = pace2 * (out2 - at2)
+                widest = tl.load(setting + 15)
+                furthest = tl.load(setting + 16)
+                longest = tl.load(setting + 22)
+                one = tl.full([], 1.0, tl.float64)
+                scale = tl.exp(_bounded(raw0, -widest, widest))
+                shift = _bounded(raw1, -furthest, furthest)
+                damping = _bounded(raw2, -longest, one)
+                to_raw0 = scale * _slope(raw0, -widest, widest) * pace0
+                to_raw1 = _slope(raw1, -furthest, furthest) * pace1
+                to_raw2 = _slope(raw2, -longest, one) * pace2
+            direction = scale * fast + shift * now
+            slow1, slow2 = 0.0, 0.0
+            mixing_gain = tl.load(setting + 18)
+            if LEARN_MIXING:
+                raw_w = mixing_gain * tl.load(mixing + o, mask=o <= N_SLOW, other=0.0)
+                raw_w = raw_w.to(tl.float64)
+                mixture = _bounded(raw_w, -1.0, 1.0) + tl.where(o == 0, 1.0, 0.0)
+                w0 = _at(mixture, 0, o)
+                by_w = tl.where(o == 0, direction, 0.0)
+                direction = w0 * direction
+                if N_SLOW > 0:
+                    slow1 = sign * _at(totals, 8, c) / _slow_weight(last, F1, beta1)
+                    by_w = tl.where(o == 1, slow1, by_w)
+                    direction += _at(mixture, 1, o) * slow1
+                if N_SLOW > 1:
+                    slow2 = sign * _at(totals, 9, c) / _slow_weight(last, F2, beta1)
+                    by_w = tl.where(o == 2, slow2, by_w)
+                    direction += _at(mixture, 2, o) * slow2
+            # The loss after the update is before * (1 - decay) - size * direction, see
+            # rules.deep_nested.next_loss.
+            size = lr * multiplier
+            decayed = decay * multiplier
+            before = (after + size * direction) / (1 - decayed)
+            moved = lr * multiplier * scale * w0 / correction
+            tl.store(lengths + tensor * 2, g_g)
+            tl.store(lengths + tensor * 2 + 1, moved * moved * _at(totals, 7, c))
+            if LEARN_MIXING:
+                mixed -= size * mixing_gain * _slope(raw_w, -1.0, 1.0) * by_w
+            if LEARN_LR:
+                d_out = -(before * decay + lr * direction) * to_raw
+                row3 = controller + CONTROLLER * 7 + CONTROLLER * (CONTROLLER + 1)
+                weights3 = tl.load(row3 + i, mask=i < CONTROLLER, other=0.0).to(tl.float64)
+                d2 = d_out * weights3 * (1 - x2 * x2)
+                at2_ = controller + CONTROLLER * 7 + i[:, None] * (CONTROLLER + 1) + i[None, :]
+                both = (i[:, None] < CONTROLLER) & (i[None, :] < CONTROLLER)
+                matrix = tl.load(at2_, mask=both, other=0.0).to(tl.float64)
+                d1 = tl.sum(matrix * d2[:, None], axis=0) * (1 - x1 * x1)
+                c1 += _outer(d1, x)
+                c1_bias += d1
+                c2 += _outer(d2, x1)
+                c2_bias += d2
+                c3 += d_out * x2
+                c3_bias += tl.where(o == 0, d_out, 0.0)
+            if LEARN_MOMENTUM:
+                new = (1 - beta1) / correction * now
+                old = (fast - new) / (1 - damping)
+                d_out0 = -size * w0 * fast * to_raw0
+                d_out1 = -size * w0 * now * to_raw1
+                d_out2 = size * w0 * scale * old * to_raw2
+                row4 = momentum + MOMENTUM * 5 + MOMENTUM * (MOMENTUM + 1)
+                inside = j < MOMENTUM
+                back = d_out0 * tl.load(row4 + j, inside, 0.0).to(tl.float64)
+                back += d_out1 * tl.load(row4 + MOMENTUM + 1 + j, inside, 0.0).to(tl.float64)
+                back += d_out2 * tl.load(row4 + 2 * MOMENTUM + 2 + j, inside, 0.0).to(tl.float64)
+                e2 = back * (1 - y2 * y2)
+                at3_ = momentum + MOMENTUM * 5 + j[:, None] * (MOMENTUM + 1) + j[None, :]
+                both = (j[:, None] < MOMENTUM) & (j[None, :] < MOMENTUM)
+                matrix = tl.load(at3_, mask=both, other=0.0).to(tl.float64)
+                e1 = tl.sum(matrix * e2[:, None], axis=0) * (1 - y1 * y1)
+                m1 += _outer(e1, y)
+                m1_bias += e1
+                m2 += _outer(e2, y1)
+                m2_bias += e2
+                outs = tl.where(o == 0, d_out0, 0.0)
+                outs = tl.where(o == 1, d_out1, outs)
+                outs = tl.where(o == 2, d_out2, outs)
+                m3 += _outer(y2, outs)
+                m3_bias += outs
+        if KEEP:
+            group_seen = tl.load(seen + group * 8 + k, mask=k < 6, other=0.0)
+            tl.store(trace + 2 + k, group_seen, mask=k < 6)
+            tensor_seen = tl.load(seen + (n_groups + tensor) * 8 + k, mask=k < 4, other=0.0)
+            tl.store(trace + 8 + k, tensor_seen, mask=k < 4)
+            tl.store(trace, tl.load(setting).to(KEPT))
+            decoupled = tl.load(setting + 5) != 0
+            tl.store(trace + 1, tl.where(decoupled, tl.load(setting + 1), 0.0).to(KEPT))
+            length = tl.sqrt(g_g) * tl.sqrt(m_m)
+            cosine = tl.where(length > 0, g_m / tl.where(length > 0, length, 1.0), 0.0)
+            tl.store(trace + 12, tl.sqrt(g_g).to(KEPT))
+            if LEARN_MOMENTUM:
+                tl.store(trace + 13, tl.sqrt(m_m).to(KEPT))
+                tl.store(trace + 14, (sign * cosine).to(KEPT))
+            else:
+                tl.store(trace + 13, (0.0 * sign).to(KEPT))
+                tl.store(trace + 14, (0.0 * sign).to(KEPT))
+            tl.store(trace + 15, tl.sqrt(p_p).to(KEPT))
+    if LEARN:
+        out = found + pid.to(tl.int64) * total
+        if LEARN_LR:
+            inside = i[:, None] < CONTROLLER
+            tl.store(out + i[:, None] * 7 + k[None, :], c1, mask=inside & (k[None, :] < 6))
+            tl.store(out + i * 7 + 6, c1_bias, mask=i < CONTROLLER)
+            out += CONTROLLER * 7
+            at = out + i[:, None] * (CONTROLLER + 1) + i[None, :]
+            tl.store(at, c2, mask=inside & (i[None, :] < CONTROLLER))
+            tl.store(out + i * (CONTROLLER + 1) + CONTROLLER, c2_bias, mask=i < CONTROLLER)
+            out += CONTROLLER * (CONTROLLER + 1)
+            tl.store(out + i, c3, mask=i < CONTROLLER)
+            tl.store(out + CONTROLLER + o, c3_bias, mask=o == 0)
+            out += CONTROLLER + 1
+        if LEARN_MOMENTUM:
+            inside = j[:, None] < MOMENTUM
+            tl.store(out + j[:, None] * 5 + k[None, :], m1, mask=inside & (k[None, :] < 4))
+            tl.store(out + j * 5 + 4, m1_bias, mask=j < MOMENTUM)
+            out += MOMENTUM * 5
+            at = out + j[:, None] * (MOMENTUM + 1) + j[None, :]
+            tl.store(at, m2, mask=inside & (j[None, :] < MOMENTUM))
+            tl.store(out + j * (MOMENTUM + 1) + MOMENTUM, m2_bias, mask=j < MOMENTUM)
+            out += MOMENTUM * (MOMENTUM + 1)
+            at = out + o[None, :] * (MOMENTUM + 1) + j[:, None]
+            tl.store(at, m3, mask=inside & (o[None, :] < 3))
+            tl.store(out + o * (MOMENTUM + 1) + MOMENTUM, m3_bias, mask=o < 3)
+            out += 3 * (MOMENTUM + 1)
+        if LEARN_MIXING:
+            tl.store(out + o, mixed, mask=o <= N_SLOW)
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def collect_kernel(found, lengths, modules, n_tensors, COSINE: tl.constexpr, BLOCK: tl.constexpr):
+    """Add a module's derivatives to those gathered since the last meta update, if all are finite.
+
+    Args:
+        found: float64, the sum of :func:`learn_kernel`'s over programs.
+        modules: int64 ``(modules, 3)``: the address of what a module has gathered, in float32,
+            where its own begin in ``found``, and how many they are.
+        COSINE: divide by the lengths of gradients and updates, over all tensors.
+    """
+    module = modules + tl.program_id(0) * 3
+    kept = tl.load(module).to(tl.pointer_type(tl.float32))
+    found += tl.load(module + 1)
+    size = tl.load(module + 2)
+    lanes = tl.arange(0, BLOCK)
+    length = tl.full([], 1.0, tl.float64)
+    if COSINE:
+        g_g = tl.zeros([BLOCK], tl.float64)
+        d_d = tl.zeros([BLOCK], tl.float64)
+        for at in range(0, n_tensors, BLOCK):
+            known = at + lanes < n_tensors
+            g_g += tl.load(lengths + (at + lanes) * 2, mask=known, other=0.0)
+            d_d += tl.load(lengths + (at + lanes) * 2 + 1, mask=known, other=0.0)
+        length = tl.sqrt(tl.sum(g_g)) * tl.sqrt(tl.sum(d_d))
+    wrong = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, size, BLOCK):
+        known = at + lanes < size
+        x = (tl.load(found + at + lanes, mask=known, other=0.0) / length).to(tl.float32)
+        # What is not finite does not have itself as a difference of 0.
+        wrong += tl.where(known & ((x - x) != 0), 1, 0)
+    if tl.sum(wrong) == 0:
+        for at in range(0, size, BLOCK):
+            known = at + lanes < size
+            x = tl.load(found + at + lanes, mask=known, other=0.0) / length
+            old = tl.load(kept + at + lanes, mask=known, other=0.0)
+            tl.store(kept + at + lanes, old + x.to(tl.float32), mask=known)

@@ -1,0 +1,327 @@
+"""The learned step's kernels, interpreted on the CPU, against the rule and autograd."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from nested_optim import DeepNestedOptimizer, NestedOptimizer
+from nested_optim.meta import learned
+
+from .helpers import (
+    assert_same_state,
+    assert_same_tensors,
+    clone_params,
+    make_params,
+    random_grads,
+    set_grads,
+)
+from .interpreter import interpreted
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+# A scalar, a part of a chunk, more than a span's chunk; the last is cut into rows of 33.
+SHAPES = ((), (4, 3), (21, 33))
+SMALL = {"controller_hidden_dim": 3, "momentum_hidden_dim": 5, "cms_frequencies": (1, 2, 3)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules():
+    with interpreted() as found:
+        yield found
+
+
+@pytest.fixture
+def launches(modules, monkeypatch):
+    """Of each launch of the pass: whether it measured, and whether it updated."""
+    found = []
+    kernel = modules["learned_adamw"].pass_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                found.append((args[14], args[15]))
+                kernel[grid](*args, **options)
+
+            return run
+
+    monkeypatch.setattr(modules["learned_adamw"], "pass_kernel", Counted())
+    return found
+
+
+def build(params, fused=True, **options):
+    options = {"lr": 0.02, "meta_lr": 0.01, "meta_update_freq": 3, **SMALL, **options}
+    late = options.pop("late", {})
+    groups = [{"params": params[:1], "name": "early"}, {"params": params[1:], **late}]
+    return DeepNestedOptimizer(groups, fused=fused or None, **options)
+
+
+def pair(dtype=F64, shapes=SHAPES, **options):
+    params = make_params(*shapes, dtype=dtype)
+    twins = clone_params(params)
+    return build(params, **options), build(twins, fused=False, **options), params, twins
+
+
+def grads_of(params, seed):
+    """Noise, and a part that lasts, so that updates and gradients have angles."""
+    noise = random_grads(params, seed)
+    return [g + p.detach().sign() for g, p in zip(noise, params)]
+
+
+def advance(optimizer, params, seed, loss=None):
+    set_grads(params, grads_of(params, seed))
+    return optimizer.step(loss) if loss is not None else optimizer.step()
+
+
+def assert_alike(optimizer, twin, rtol, of_learned=None):
+    for group, other in zip(optimizer.param_groups, twin.param_groups):
+        for p, q in zip(group["params"], other["params"]):
+            torch.testing.assert_close(p.detach(), q.detach(), rtol=rtol, atol=rtol)
+            mine, its = optimizer.state[p], twin.state[q]
+            assert mine.keys() == its.keys()
+            for key in mine:
+                assert mine[key].dtype == its[key].dtype
+                torch.testing.assert_close(mine[key], its[key], rtol=10 * rtol, atol=10 * rtol)
+    first, other = optimizer.param_groups[0], twin.param_groups[0]
+    of_learned = of_learned or 1e-6  # they are float32
+    for key in learned.KEYS:
+        if isinstance(first[key], torch.Tensor):
+            scale = other[key].abs().max().clamp(min=1e-30)
+            torch.testing.assert_close(
+                first[key] / scale, other[key] / scale, rtol=of_learned, atol=of_learned
+            )
+        else:
+            assert first[key] == other[key]
+    torch.testing.assert_close(
+        optimizer.get_lr_multipliers(), twin.get_lr_multipliers(), rtol=of_learned, atol=0
+    )
+    mine, its = optimizer.get_momentum_stats(), twin.get_momentum_stats()
+    assert mine.keys() == its.keys()
+    for key, value in mine.items():
+        assert value == pytest.approx(its[key], rel=10 * of_learned, abs=of_learned)
+
+
+VARIANTS = {
+    "all": {"weight_decay": 0.1},
+    "controller alone": {"learn_momentum": False, "learn_mixing": False, "meta_rule": "adam"},
+    "momentum alone": {"learn_lr": False, "learn_mixing": False, "weight_decay": 0.1},
+    "mixing alone": {"learn_lr": False, "learn_momentum": False, "cms_frequencies": (1, 2)},
+    "coupled, amsgrad": {"weight_decay": 0.3, "decoupled": False, "amsgrad": True},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "not normalized": {"normalize": False},
+    "clipped": {"max_grad_norm": 0.5, "meta_rule": "adam"},
+    "windows": {"late": {"frequency": 2, "lr": 0.05, "eps": 1e-6, "betas": (0.8, 0.9)}},
+    "no first momentum": {"betas": (0.0, 0.99), "cms_frequencies": (1, 4)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_steps_and_what_is_learned_are_those_of_the_rule(options, launches):
+    optimizer, twin, params, twins = pair(**options)
+    for seed in range(5):
+        loss = 1.5 - seed if seed % 2 else None  # told or not
+        advance(optimizer, params, seed, loss)
+        advance(twin, twins, seed, loss)
+    assert optimizer.param_groups[0]["meta_updates"] == 1
+    moved = [(p.grad is not None) for p in params]
+    assert all(moved) and any(update for _, update in launches)
+    adam = options.get("meta_rule") == "adam"
+    # By the cosine rule a rounding of what is gathered, in float32, moves what is learned.
+    assert_alike(optimizer, twin, 1e-9 if adam else 1e-6)
+
+
+def test_before_a_meta_update_a_pass_only_measures_and_otherwise_one_pass_does_all(launches):
+    optimizer, _, params, _ = pair()
+    for seed in range(5):
+        advance(optimizer, params, seed)
+    # The first update is left to other paths; the third is a meta update.
+    assert launches == [(True, True), (True, False), (False, True), *[(True, True)] * 2]
+    launches.clear()
+    for group in optimizer.param_groups:
+        group["meta_lr"] = 0.0
+    advance(optimizer, params, 5)
+    assert launches == [(False, True)]
+
+
+@pytest.mark.parametrize(
+    "dtype, options",
+    [(F32, {}), (BF16, {"state_dtype": F32}), (F16, {"state_dtype": F32}), (BF16, {})],
+    ids=str,
+)
+def test_narrow_tensors_are_computed_wide_and_rounded_once(dtype, options, launches):
+    optimizer, twin, params, twins = pair(dtype, **options)
+    for seed in range(5):
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+    assert len(launches) == 5
+    bound = {F32: 1e-4, F16: 3e-3, BF16: 3e-2}[dtype]
+    assert_alike(optimizer, twin, bound, of_learned=max(2e-3, bound))
+
+
+def test_tensors_of_several_dtypes_learn_together(launches):
+    params = [*make_params((4, 3)), *make_params((5,), dtype=BF16)]
+    twins = clone_params(params)
+    optimizer, twin = build(params), build(twins, fused=False)
+    for seed in range(4):
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+    assert len(launches) == 2 * 4
+    assert_alike(optimizer, twin, 3e-2, of_learned=3e-2)
+
+
+def test_layouts_in_memory_do_not_matter(launches):
+    weights = [
+        torch.randn(4, 3, 5, 2, dtype=F64).to(memory_format=torch.channels_last),
+        torch.randn(7, 5, dtype=F64).t(),
+        torch.randn(9, dtype=F64),
+    ]
+    params, twins = ([Parameter(w.clone()) for w in weights] for _ in range(2))
+    assert not params[0].is_contiguous() and not params[1].is_contiguous()
+    optimizer, twin = build(params), build(twins, fused=False)
+    for seed in range(4):
+        grads = [g.contiguous() for g in grads_of(twins, seed)]
+        for ps, opt in ((params, optimizer), (twins, twin)):
+            for p, g in zip(ps, grads):
+                p.grad = g.clone()
+            opt.step()
+    assert len(launches) == 4
+    assert_alike(optimizer, twin, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        [torch.randn(3), torch.randn(0, 2)],
+        [torch.randn(3), torch.randn(8, 6)[:, ::2]],
+        [torch.randn(3), torch.randn(3, dtype=F64)],
+    ],
+    ids=["an empty tensor", "a strided view", "traces of two dtypes"],
+)
+def test_what_the_kernels_do_not_know_is_left_to_other_paths(params, launches):
+    params = [Parameter(p) for p in params]
+    twins = [Parameter(p.detach().clone()) for p in params]
+    optimizer, twin = build(params), build(twins, fused=False)
+    for seed in range(3):
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+    assert not launches
+    assert_alike(optimizer, twin, 1e-5, of_learned=1e-3)  # clones are added up in another order
+
+
+def test_without_learning_it_is_nested_optimizer_to_rounding(launches):
+    params = make_params(*SHAPES, dtype=F64)
+    twins = clone_params(params)
+    optimizer = build(params, meta_lr=0.0, weight_decay=0.1)
+    nested = NestedOptimizer(twins, lr=0.02, weight_decay=0.1)
+    for seed in range(5):
+        advance(optimizer, params, seed)
+        advance(nested, twins, seed)
+    assert len(launches) == 4
+    assert torch.equal(optimizer.get_lr_multipliers(), torch.ones(2))
+    for p, q in zip(params, twins):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
+
+
+def test_it_resumes_to_the_last_bit_on_the_kernels_and_elsewhere(launches):
+    optimizer, _, params, _ = pair(late={"frequency": 2})
+    for seed in range(4):
+        advance(optimizer, params, seed)
+    saved = copy.deepcopy(optimizer.state_dict())
+    start = [p.detach().clone() for p in params]
+    for seed in range(4, 7):
+        advance(optimizer, params, seed)
+    for fused in (True, False):
+        twins = [Parameter(p.clone()) for p in start]
+        again = build(twins, late={"frequency": 2})
+        again.load_state_dict(copy.deepcopy(saved))
+        for group in again.param_groups:
+            group["fused"] = fused or None
+        before = len(launches)
+        for seed in range(4, 7):
+            advance(again, twins, seed)
+        assert (len(launches) > before) == fused
+        if fused:
+            assert_same_tensors(params, twins)
+            assert_same_state(optimizer, again)
+        else:
+            assert_alike(optimizer, again, 1e-6)
+
+
+def test_moved_memory_and_new_gradients_are_found(launches):
+    optimizer, twin, params, twins = pair()
+    for seed in range(4):
+        for ps in (params, twins):
+            ps[1].data = ps[1].data.clone()
+            ps[1].grad = None
+        if seed == 3:  # other learned tensors, as after a checkpoint
+            for opt in (optimizer, twin):
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+    assert_alike(optimizer, twin, 1e-6)
+    set_grads(params, [None, *grads_of(params, 4)[1:]])
+    set_grads(twins, [None, *grads_of(twins, 4)[1:]])
+    optimizer.step()
+    twin.step()
+    assert_alike(optimizer, twin, 1e-6)
+    assert len(launches) == 5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("rule", ["cosine", "adam"])
+def test_a_gradient_that_is_not_finite_teaches_nothing(rule, launches):
+    optimizer, _, params, _ = pair(meta_update_freq=100, meta_rule=rule)
+    for seed in range(2):
+        advance(optimizer, params, seed)
+    first = optimizer.param_groups[0]
+    before = {m: first[f"{m}_grad"].clone() for m in learned.modules(first)}
+    assert all(grad.abs().max() > 0 for grad in before.values())
+    grads = grads_of(params, 2)
+    grads[0].fill_(float("inf"))
+    set_grads(params, grads)
+    optimizer.step()
+    for module, grad in before.items():
+        assert torch.equal(first[f"{module}_grad"], grad)
+    assert len(launches) == 2
+
+
+def test_a_learning_rate_that_is_a_tensor_is_read_in_every_step():
+    optimizer, twin, params, twins = pair(lr=torch.tensor(0.02), foreach=False)
+    for seed in range(4):
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+        for group in (*optimizer.param_groups, *twin.param_groups):
+            group["lr"].mul_(0.7)
+    assert_alike(optimizer, twin, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mode": "explicit"}, "`fused` needs mode='simple'"),
+        ({"cms_frequencies": (1, 2, 3, 4)}, "kernels for 3 momenta at most"),
+        ({"momentum_hidden_dim": 200}, "needs momentum_hidden_dim <= 128"),
+        ({"controller_hidden_dim": 129}, "needs controller_hidden_dim <= 128"),
+        ({"late": {"fused": False}}, "learned updates of all groups are one pass"),
+    ],
+)
+def test_what_has_no_kernels_is_refused_by_its_name(options, message):
+    with pytest.raises(RuntimeError, match=message):
+        build(make_params(*SHAPES), **options)
+
+
+def test_kernels_that_are_not_there_are_refused_and_groups_that_part_from_the_others(monkeypatch):
+    optimizer, _, params, _ = pair()
+    advance(optimizer, params, 0)
+    optimizer.param_groups[1]["fused"] = None
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="learned updates of all groups are one pass"):
+        advance(optimizer, params, 1)
+    assert_same_tensors(params, before)
+    optimizer.param_groups[1]["fused"] = True
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="learned updates have no kernels on cpu"):
+        advance(optimizer, params, 1)
+    assert_same_tensors(params, before)
