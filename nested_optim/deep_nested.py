@@ -101,9 +101,15 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         val_batch_fn (callable): gives a validation batch for a :meth:`meta_update` every
             ``meta_update_freq`` steps, in explicit mode, on the batches of :meth:`observe_batch`.
             Not saved, like any hook.
+        fused (bool): with the learned parts on, True asks for the kernels, where there is Triton
+            and a CUDA device: in one pass over memory a step learns and updates, with 36 bytes per
+            parameter in float32 and 8 more per slow momentum. The first update of a parameter, and
+            tensors that the kernels do not know, go the other paths. For all groups alike, in
+            ``mode="simple"``, with at most three momenta and 128 units in a layer (default: None,
+            foreach).
         betas, eps, weight_decay, amsgrad, frequency, window, decoupled, state_dtype, maximize,
-            foreach, capturable, differentiable, fused, kahan_sum: as in :class:`NestedOptimizer`,
-            with ``weight_decay`` 0 by default. The last four, and betas that are tensors, need the
+            foreach, capturable, differentiable, kahan_sum: as in :class:`NestedOptimizer`, with
+            ``weight_decay`` 0 by default. The last three, and betas that are tensors, need the
             learned parts off and ``normalize`` on.
         param_groups (iterable): the same as ``params``.
         memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its

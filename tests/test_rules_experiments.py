@@ -120,10 +120,19 @@ def test_the_cost_command_measures_all_parts(tmp_path):
     assert steps["SGD, momentum"]["ratio"] == 1.0
     narrow = "DeltaMomentum, bfloat16 products"
     assert set(steps) == {"SGD, momentum", "DeltaMomentum", narrow, "DeepMomentum"}
+    of_learned = document["learned"]
+    state = {name: row["state_bytes_per_parameter"] for name, row in of_learned.items()}
+    assert of_learned["NestedOptimizer"]["ratio"] == 1.0
+    bare = state["NestedOptimizer"]
+    # The last gradient, and two slow momenta; traces and counters of tiny tensors come to a little.
+    assert 4 < state["DeepNestedOptimizer, one momentum, foreach"] - bare < 5
+    assert 12 < state["DeepNestedOptimizer, three momenta, foreach"] - bare < 13
+    assert all(row["step_ms"] > 0 for row in of_learned.values())
 
 
 def test_the_extra_share_is_what_a_whole_iteration_takes_longer(monkeypatch):
     whole = {"SGD": 1.2, "AdamW": 1.4, "DGD": 1.4, "DGD, adamw": 1.9}
+    whole |= {"NestedOptimizer": 1.3, "DeepNestedOptimizer": 1.4}
     # Parts that were timed from an idle device do not enter, but for the passes of SGD.
     seconds = {n: cost.Times(t, 1.0 if n == "SGD" else 7.0, 5.0) for n, t in whole.items()}
     monkeypatch.setattr(cost, "_TRAINING", {name: cost._TRAINING[name] for name in seconds})
@@ -133,6 +142,7 @@ def test_the_extra_share_is_what_a_whole_iteration_takes_longer(monkeypatch):
     rows = cost._training(cost.PRESETS["tiny"], "cpu", 0.0)
     assert rows["DGD"]["extra_share"] == pytest.approx(0.2)
     assert rows["DGD, adamw"]["extra_share"] == pytest.approx(0.5)
+    assert rows["DeepNestedOptimizer"]["extra_share"] == pytest.approx(0.1)
 
 
 def test_an_iteration_is_a_forward_and_backward_pass_and_a_step(monkeypatch):

@@ -144,14 +144,16 @@ def orthogonal_command(
 def cost_command(
     preset: str | None, seconds: float, device: str | None, out: Path, quick: bool
 ) -> None:
-    """What DGD adds to a training step, and DeltaMomentum and DeepMomentum to SGD's."""
+    """What DGD adds to a training step, DeltaMomentum and DeepMomentum to SGD's, learning to a
+    step of NestedOptimizer."""
     console = Console() if Console().is_terminal else Console(width=120)
     out.mkdir(parents=True, exist_ok=True)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = preset or ("gpt2" if kind == "cuda" else "small")
+    period = cost.PERIOD
     if quick:
-        preset, seconds = "tiny", 0.0
-    document = {**cost.measure(preset, kind, seconds), "machine": report.machine()}
+        preset, seconds, period = "tiny", 0.0, 5
+    document = {**cost.measure(preset, kind, seconds, period), "machine": report.machine()}
     name = "rules-cost-quick" if quick else f"rules-cost-{kind}-{preset}"
     write_json(document, out / f"{name}.json")
     for table in cost.tables(document):

@@ -1,4 +1,5 @@
-"""What the rules cost: DGD beside a forward and backward pass, momentum methods beside SGD.
+"""What the rules cost: DGD beside a forward and backward pass, momentum methods beside SGD, and
+what learns beside what it begins as.
 
 The methods of a part are timed in turn, so that what else the machine does hits all alike; medians.
 On CUDA times are the device's, between events. What DGD adds is measured on whole iterations,
@@ -12,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +22,21 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from nested_optim import DGD, DeepMomentum, DeltaMomentum
+from nested_optim import (
+    DGD,
+    DeepMomentum,
+    DeepNestedOptimizer,
+    DeltaMomentum,
+    NestedOptimizer,
+    kernels,
+)
 
 #: Iterations between two events.
 ITERATIONS = 5
+#: Steps between two events where one of them is a meta update.
+PERIOD = 100
+#: By the method whose iterations a method's are compared with; else SGD's.
+_BASES = {"DGD, adamw": "AdamW", "DeepNestedOptimizer": "NestedOptimizer"}
 
 
 class Times(NamedTuple):
@@ -104,14 +117,16 @@ class Clock:
         return events[0].elapsed_time(events[1]) / 1e3
 
 
-def measure(preset: str, device: str, seconds: float) -> dict[str, Any]:
-    """Both parts; ``seconds`` of measuring for each."""
+def measure(preset: str, device: str, seconds: float, period: int = PERIOD) -> dict[str, Any]:
+    """All parts; ``seconds`` of measuring for each, and ``period`` steps per meta update."""
     sizes = PRESETS[preset]
     return {
         "preset": {"name": preset, **sizes._asdict()},
         "device": device,
         "training": _training(sizes, device, seconds),
         "steps": _steps(sizes, device, seconds),
+        "period": period,
+        "learned": _learned(sizes, device, seconds, period),
     }
 
 
@@ -149,7 +164,7 @@ def _training(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
     passes = statistics.median(t.passes for t in times["SGD"])
     rows = {}
     for name, of_method in times.items():
-        base = times["AdamW" if "adamw" in name else "SGD"]
+        base = times[_BASES.get(name, "SGD")]
         whole = statistics.median(t.whole for t in of_method)
         rows[name] = {
             "whole_ms": 1e3 * whole,
@@ -167,6 +182,10 @@ _TRAINING: dict[str, Callable[[nn.Module], Optimizer]] = {
     "DGD, adamw": lambda m: DGD(m, lr=1e-4, base="adamw"),
     "DGD, 256 inputs": lambda m: DGD(m, lr=1e-4, max_tokens=256),
     "DGD, all inputs": lambda m: DGD(m, lr=1e-4, max_tokens=2**24),
+    "NestedOptimizer": lambda m: NestedOptimizer(m.parameters(), lr=1e-4),
+    "DeepNestedOptimizer": lambda m: DeepNestedOptimizer(
+        m.parameters(), lr=1e-4, fused=kernels.available(next(m.parameters()).device) or None
+    ),
 }
 
 
@@ -198,6 +217,51 @@ def _steps(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
         }
         for name, values in times.items()
     }
+
+
+def _learned(sizes: Preset, device: str, seconds: float, period: int) -> dict[str, Any]:
+    """Steps of what learns, one in ``period`` of them with a meta update, and its state."""
+    clock = Clock(device)
+    builds: dict[str, Callable[[Any], Optimizer]] = {
+        "NestedOptimizer": lambda p: NestedOptimizer(p, lr=1e-4)
+    }
+    paths = {"foreach": {"foreach": True}}
+    if kernels.available(torch.device(device)):
+        paths = {"one pass": {"fused": True}, **paths}
+    for path, how in paths.items():
+        for momenta, frequencies in (("one momentum", (1,)), ("three momenta", (1, 10, 100))):
+            builds[f"DeepNestedOptimizer, {momenta}, {path}"] = partial(
+                DeepNestedOptimizer,
+                lr=1e-4,
+                cms_frequencies=frequencies,
+                meta_update_freq=period,
+                **how,
+            )
+    rows = {}
+    count = 0
+    works: dict[str, Callable[[], float]] = {}
+    for name, build in builds.items():
+        torch.manual_seed(0)
+        params = list(Model(sizes).to(device).parameters())
+        for p in params:
+            p.grad = 1e-3 * torch.randn_like(p)
+        optimizer = build(params)
+        optimizer.step()
+        held = [t for state in optimizer.state.values() for t in state.values()]
+        count = sum(p.numel() for p in params)
+        rows[name] = {"state_bytes_per_parameter": sum(t.nbytes for t in held) / count}
+        works[name] = lambda o=optimizer: clock(lambda: _repeat(o.step, period)) / period  # type: ignore[misc]
+    times = _in_turn(works, seconds)
+    reference = statistics.median(times["NestedOptimizer"])
+    for name, values in times.items():
+        step = statistics.median(values)
+        rows[name].update(step_ms=1e3 * step, ratio=step / reference)
+    return rows
+
+
+def _repeat(work: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 def _in_turn(works: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[Any]]:
@@ -232,4 +296,10 @@ def tables(document: dict[str, Any]) -> list[Table]:
         steps.add_column(title, justify="left" if title == "optimizer" else "right")
     for name, row in document["steps"].items():
         steps.add_row(name, f"{row['step_ms']:.1f} ms", f"{row['ratio']:.2f}")
-    return [training, steps]
+    learned = Table(title=f"a step of what learns, mean over {document['period']}, {device}")
+    for title in ("optimizer", "step", "ratio to NestedOptimizer", "state, bytes per parameter"):
+        learned.add_column(title, justify="left" if title == "optimizer" else "right")
+    for name, row in document["learned"].items():
+        state = f"{row['state_bytes_per_parameter']:.1f}"
+        learned.add_row(name, f"{row['step_ms']:.2f} ms", f"{row['ratio']:.2f}", state)
+    return [training, steps, learned]

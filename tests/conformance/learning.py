@@ -57,7 +57,7 @@ def learning_errors() -> list[ErrorOptimizerInput]:
         bad("no norm", ValueError, "Invalid max_grad_norm: 0.0.*None", max_grad_norm=0.0),
         bad("a switch of 1", ValueError, "Invalid learn_lr: 1. True or False", learn_lr=1),
         bad("two rates", ValueError, "lr=0.1 and base_lr=0.2 are one option", lr=0.1, base_lr=0.2),
-        bad("fused", RuntimeError, "does not support `fused`.*learn_lr", fused=True),
+        bad("fused", RuntimeError, "`fused` needs mode='simple'", fused=True, mode="explicit"),
         bad("capturable", RuntimeError, "does not support `capturable`", capturable=True),
         bad("differentiable", RuntimeError, "not support `differentiable`", differentiable=True),
         bad("kahan", RuntimeError, "does not support `kahan_sum`", kahan_sum=True),
