@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Muon, Optimizer
 
-from nested_optim import M3, rules
+from nested_optim import M3, kernels, rules
 from nested_optim.orthogonalize import BACKENDS, orthogonalize
 
 from .kernels import machine
@@ -33,14 +34,26 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CHUNK = 10
 _EMBEDDINGS = ("wte", "embed_tokens")
 
-CONTESTANTS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
-    "torch Muon": lambda p: Muon(p, adjust_lr_fn="match_rms_adamw"),
-    "M3, alpha 0": lambda p: M3(p, alpha=0.0, ns_dtype=torch.bfloat16),
-    "M3": lambda p: M3(p, slow_frequency=CHUNK, ns_dtype=torch.bfloat16),
-    "M3, second_moment row": lambda p: M3(
-        p, slow_frequency=CHUNK, second_moment="row", ns_dtype=torch.bfloat16
-    ),
+#: M3's options, by the name of a contestant.
+_OURS: dict[str, dict[str, Any]] = {
+    "M3, alpha 0": {"alpha": 0.0},
+    "M3": {"slow_frequency": CHUNK},
+    "M3, second_moment row": {"slow_frequency": CHUNK, "second_moment": "row"},
 }
+
+
+def contestants(device: torch.device) -> dict[str, Callable[[list[Parameter]], Optimizer]]:
+    """Muon and M3, the latter also on its kernels where there are any."""
+    found: dict[str, Callable[[list[Parameter]], Optimizer]] = {
+        "torch Muon": lambda p: Muon(p, adjust_lr_fn="match_rms_adamw")
+    }
+    ways: dict[str, dict[str, Any]] = {"": {"fused": False}}
+    if kernels.available(device):
+        ways[", fused"] = {"fused": True}
+    for name, options in _OURS.items():
+        for suffix, how in ways.items():
+            found[name + suffix] = partial(M3, ns_dtype=torch.bfloat16, **options, **how)
+    return found
 
 
 def matrix_shapes(model: str, quick: bool) -> list[tuple[int, ...]]:
@@ -69,7 +82,7 @@ def check(device: torch.device) -> dict[str, float]:
     """
     shapes = [*matrix_shapes("gpt2", True), (96, 40)]
     found = {}
-    for name, build in CONTESTANTS.items():
+    for name, build in contestants(device).items():
         if name == "torch Muon":
             continue
         params = random_parameters(shapes, device)
@@ -173,7 +186,7 @@ def measure_steps(
 ) -> dict[str, Any]:
     """Mean steps over a chunk, and how much memory state and a step take."""
     members = {}
-    for name, build in CONTESTANTS.items():
+    for name, build in contestants(device).items():
         params = random_parameters(shapes, device)
         members[name] = (params, build(params))
 

@@ -24,16 +24,29 @@ def test_the_models_matrices_are_those_of_the_kernels_suite_less_token_embedding
 
 def test_every_contestant_is_near_the_rule_and_a_wrong_one_is_refused(monkeypatch):
     found = suite.check(CPU)
-    assert set(found) == set(suite.CONTESTANTS) - {"torch Muon"}
+    assert set(found) == set(suite.contestants(CPU)) - {"torch Muon"}
     assert all(error < 0.1 for error in found.values())
 
     class Uphill(M3):
         def _update(self, group, params, grads):
             super()._update(group, params, [-grad for grad in grads])
 
-    monkeypatch.setitem(suite.CONTESTANTS, "M3", lambda p: Uphill(p, ns_dtype="bfloat16"))
+    wrong = {**suite.contestants(CPU), "M3": lambda p: Uphill(p, ns_dtype="bfloat16")}
+    monkeypatch.setattr(suite, "contestants", lambda device: wrong)
     with pytest.raises(click.ClickException, match=r"M3 is .* of its movement away from"):
         suite.check(CPU)
+
+
+def test_where_there_are_kernels_each_of_ours_runs_on_them_too(monkeypatch):
+    without = list(suite.contestants(CPU))
+    monkeypatch.setattr(suite.kernels, "available", lambda device: True)
+    found = suite.contestants(CPU)
+    assert [name for name in found if not name.endswith(", fused")] == without
+    for name, build in found.items():
+        if name != "torch Muon":
+            group = build([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]
+            assert group["fused"] == name.endswith(", fused")
+    assert len(found) == 2 * len(without) - 1
 
 
 def test_works_take_turns_and_the_first_round_does_not_count():
