@@ -8,9 +8,10 @@ import torch
 from click.testing import CliRunner
 from torch.nn import Parameter
 
-from benchmarks.training import meta
+from benchmarks.training import meta, meta_tasks
 from benchmarks.training.cli import training
-from benchmarks.training.meta_tasks import TASKS
+from benchmarks.training.data import Images, Text
+from benchmarks.training.meta_tasks import DEFAULTS, TASKS, Setting
 from nested_optim import DeepNestedOptimizer
 
 
@@ -60,7 +61,7 @@ def test_the_control_takes_one_step_at_the_wrong_rate():
     assert places == pytest.approx([-1.0, -1.125, -1.25], rel=1e-5)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULTS)
 def test_runs_depend_on_their_job_alone(task):
     one, two = (meta.work(job(task=task)) for _ in range(2))
     measured = [*TASKS[task].measures, "multipliers"]
@@ -70,25 +71,23 @@ def test_runs_depend_on_their_job_alone(task):
         assert other[measured[0]] != one[measured[0]], change
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", DEFAULTS)
 def test_a_task_s_layers_are_its_model_s_parameters(task):
-    model = TASKS[task].build(0)
-    layers = TASKS[task].layers(model)
-    assert len(layers) == 3
-    found = [id(p) for layer in layers for p in layer]
-    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    trial = TASKS[task].begin(0, Setting())
+    assert len(trial.layers) == 3
+    found = [id(p) for layer in trial.layers for p in layer]
+    assert sorted(found) == sorted(id(p) for p in trial.model.parameters())
 
 
 @pytest.mark.parametrize("method", sorted(meta.METHODS.keys() - {"adamw", "prodigy"}))
 def test_every_method_but_prodigy_begins_with_adamw_s_step(method):
     losses = {}
     for name in ("adamw", method):
-        task = TASKS["digits"]
-        model = task.build(3)
+        trial = TASKS["digits"].begin(3, Setting())
         chosen = meta.METHODS[name].choices[0]
-        learner = meta.METHODS[name].build(task, model, meta.Start(1e-3, 1e-3, 10), **chosen)
+        learner = meta.METHODS[name].build(trial, meta.Start(1e-3, 1e-3, 10), **chosen)
         seen = []
-        for loss, _ in zip(task.losses(model, 3), range(2)):
+        for loss, _ in zip(trial.losses, range(2)):
             learner.zero_grad()
             loss.backward()
             learner.step(loss)
@@ -98,8 +97,8 @@ def test_every_method_but_prodigy_begins_with_adamw_s_step(method):
 
 
 def test_the_learned_rows_are_the_optimizer_s_own_defaults():
-    task = TASKS["digits"]
-    learner = meta.METHODS["deep_default"].build(task, task.build(0), meta.Start(1e-3, 1e-3, 10))
+    trial = TASKS["digits"].begin(0, Setting())
+    learner = meta.METHODS["deep_default"].build(trial, meta.Start(1e-3, 1e-3, 10))
     own = DeepNestedOptimizer([Parameter(torch.zeros(1))], lr=1e-3).param_groups[0]
     found = learner.optimizer.param_groups[0]
     for key in ("meta_lr", "meta_update_freq", "meta_rule", "mode", "learn_momentum"):
@@ -131,3 +130,52 @@ def test_the_command_writes_what_it_measured(tmp_path):
     lines = (folder / "runs.jsonl").read_text()
     assert CliRunner().invoke(training, arguments).exit_code == 0
     assert (folder / "runs.jsonl").read_text() == lines
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """What the tasks for a GPU read, on models of a few units."""
+    monkeypatch.setattr(meta_tasks, "LARGE", "test")
+    generator = torch.Generator().manual_seed(0)
+    pieces = [torch.randint(256, (n,), generator=generator).byte() for n in (400, 200, 200)]
+    parts = [
+        (torch.randint(256, (n, 3, 32, 32), generator=generator).byte(), torch.arange(n) % 5)
+        for n in (30, 10, 10)
+    ]
+    shades = (0.5, 0.5, 0.5)
+    paths = {}
+    for kind, contents in {
+        "lm": Text("noise", *pieces),
+        "images": Images("noise", 5, *parts, shades, shades),
+    }.items():
+        paths[kind] = str(tmp_path / f"{kind}.pt")
+        torch.save(contents, paths[kind])
+    return paths
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name not in DEFAULTS])
+def test_tasks_for_a_gpu_train_the_models_of_the_comparison(task, saved):
+    kind = TASKS[task].kind
+    setting = Setting("cpu", saved["lm" if kind == "lm" else "images"])
+    given = {"task": task, "steps": 4, "data": "noise"}
+    one, two = (meta.work(job(**given), setting) for _ in range(2))
+    assert one["validation loss"] == two["validation loss"]
+    assert ("accuracy" in one) == (kind != "lm") and len(one["multipliers"]) == 4
+    other = meta.work(job(**given, lr=3e-2), setting)
+    assert other["validation loss"] != one["validation loss"]
+    trial = TASKS[task].begin(0, setting)
+    found = [id(p) for layer in trial.layers for p in layer]
+    assert sorted(found) == sorted(id(p) for p in trial.model.parameters())
+
+
+def test_a_job_s_data_is_part_of_what_it_is_where_it_is_not_the_task_s_own():
+    assert "data" not in job().identity()
+    assert job(data="a").identity() != job(data="b").identity()
+
+
+def test_images_need_a_path(tmp_path):
+    arguments = ["meta", "--task", "vit", "--out", str(tmp_path)]
+    result = CliRunner().invoke(training, arguments)
+    assert result.exit_code != 0 and "give --data PATH" in result.output
+    result = CliRunner().invoke(training, [*arguments, "--data", str(tmp_path / "none")])
+    assert result.exit_code != 0 and "there is nothing at" in result.output

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from nested_optim import DeepNestedOptimizer
+from nested_optim import DeepNestedOptimizer, kernels
 
 from ..jobs import Store
-from .meta_tasks import TASKS, Task
+from .meta_tasks import TASKS, Setting, Trial
 
 FACTORS = (0.1, 1.0, 10.0)
 #: What is written down of a run's multipliers.
@@ -119,38 +119,37 @@ class Recovered(Plain):
         self.optimizer.param_groups[0]["lr"] = self.tuned
 
 
-def _adamw(task: Task, model: nn.Module, start: Start) -> Plain:
-    return Plain(AdamW(model.parameters(), lr=start.lr, weight_decay=0.0))
+def _adamw(trial: Trial, start: Start) -> Plain:
+    return Plain(AdamW(trial.model.parameters(), lr=start.lr, weight_decay=0.0))
 
 
-def _recovered(task: Task, model: nn.Module, start: Start) -> Plain:
-    return Recovered(model.parameters(), start)
+def _recovered(trial: Trial, start: Start) -> Plain:
+    return Recovered(trial.model.parameters(), start)
 
 
-def _cosine(task: Task, model: nn.Module, start: Start) -> Plain:
-    optimizer = AdamW(model.parameters(), lr=start.lr, weight_decay=0.0)
+def _cosine(trial: Trial, start: Start) -> Plain:
+    optimizer = AdamW(trial.model.parameters(), lr=start.lr, weight_decay=0.0)
     return Plain(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, start.steps))
 
 
-def _hypergradient(task: Task, model: nn.Module, start: Start, rate: float) -> Hypergradient:
-    return Hypergradient(model.parameters(), start.lr, rate)
+def _hypergradient(trial: Trial, start: Start, rate: float) -> Hypergradient:
+    return Hypergradient(trial.model.parameters(), start.lr, rate)
 
 
-def _learned(
-    task: Task, model: nn.Module, start: Start, groups: str = "one", **options: Any
-) -> Learned:
-    params: Any = [{"params": list(model.parameters()), "name": "all"}]
+def _learned(trial: Trial, start: Start, groups: str = "one", **options: Any) -> Learned:
+    params: Any = [{"params": list(trial.model.parameters()), "name": "all"}]
     if groups == "layers":
-        layers = task.layers(model)
-        params = [{"params": layer, "name": f"layer{i}"} for i, layer in enumerate(layers)]
+        params = [{"params": layer, "name": f"layer{i}"} for i, layer in enumerate(trial.layers)]
+    device = next(trial.model.parameters()).device
+    options = {"fused": kernels.available(device) or None, **options}
     return Learned(DeepNestedOptimizer(params=params, lr=start.lr, weight_decay=0.0, **options))
 
 
-def _prodigy(task: Task, model: nn.Module, start: Start) -> Plain:
+def _prodigy(trial: Trial, start: Start) -> Plain:
     from prodigyopt import Prodigy
 
     # Its own unit is 1; what was set here is a factor of that.
-    return Plain(Prodigy(model.parameters(), lr=1.0, d0=1e-6, weight_decay=0.0))
+    return Plain(Prodigy(trial.model.parameters(), lr=1.0, d0=1e-6, weight_decay=0.0))
 
 
 @dataclass(frozen=True)
@@ -202,34 +201,34 @@ class Job:
     tuned: float
     seed: int
     steps: int
+    data: str = ""  # of a task whose data is not the task's own
 
     def identity(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        if not self.data:
+            del found["data"]
+        return found
 
 
-def work(job: Job) -> dict[str, Any]:
+def work(job: Job, setting: Setting = Setting()) -> dict[str, Any]:  # noqa: B008 (a constant)
     """Train as the job says."""
-    task = TASKS[job.task]
-    model = task.build(job.seed)
+    trial = TASKS[job.task].begin(job.seed, setting)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         start = Start(job.lr, job.tuned, job.steps)
-        learner = METHODS[job.method].build(task, model, start, **dict(job.options))
+        learner = METHODS[job.method].build(trial, start, **dict(job.options))
     multipliers: list[list[float]] = []
     every = max(1, job.steps // READINGS)
     started = time.perf_counter()
-    for step, loss in enumerate(itertools.islice(task.losses(model, job.seed), job.steps)):
+    for step, loss in enumerate(itertools.islice(trial.losses, job.steps)):
         learner.zero_grad()
         loss.backward()
         learner.step(loss)
         if step % every == 0:
             multipliers.append(learner.multipliers(job.lr))
+    figures = trial.figures()  # which waits for a device
     seconds = time.perf_counter() - started
-    return {
-        **task.figures(model, job.seed),
-        "ms_per_step": 1e3 * seconds / job.steps,
-        "multipliers": multipliers,
-    }
+    return {**figures, "ms_per_step": 1e3 * seconds / job.steps, "multipliers": multipliers}
 
 
 def spread(runs: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
@@ -255,12 +254,13 @@ def measure(
     lrs: Sequence[float],
     store: Store,
     execute: Callable[[list[Job]], None],
+    data: str = "",
 ) -> dict[str, Any]:
     """A task's tuned rate, each method's own choice, and its runs from the three starts."""
     measures = TASKS[name].measures
 
     def job(method: str, options: dict[str, Any], lr: float, tuned: float, seed: int) -> Job:
-        return Job(name, method, tuple(sorted(options.items())), lr, tuned, seed, steps)
+        return Job(name, method, tuple(sorted(options.items())), lr, tuned, seed, steps, data)
 
     def score(jobs: list[Job]) -> float:
         return statistics.fmean(math.log(store[j][measures[0]]) for j in jobs)

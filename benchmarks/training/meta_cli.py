@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 
 from ..demo import report
 from ..demo.cli import usable_cores
 from ..jobs import Pool, Store
+from ..kernels import machine
+from ..kernels.machine import pick_device
 from ..output import STYLE, write_json
-from . import digits, meta, meta_tasks
+from . import data, meta, meta_tasks
+from .data import Images, Text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 COLOURS = (
@@ -41,8 +47,15 @@ COLOURS = (
     "tasks",
     multiple=True,
     type=click.Choice(list(meta_tasks.TASKS)),
-    help="Default: all.",
+    help="Default: digits and lm. The others want a GPU, and vit and resnet --data.",
 )
+@click.option(
+    "--data",
+    "data_path",
+    type=click.Path(path_type=Path),
+    help="CIFAR-100, for vit and resnet (see `training compare`).",
+)
+@click.option("--device", "device_name", default="auto", show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option(
     "--selection",
@@ -51,7 +64,7 @@ COLOURS = (
     show_default=True,
     help="Further seeds, on which every method's numbers are chosen.",
 )
-@click.option("--steps", type=click.IntRange(min=5), help="Default: 500 (digits), 1000 (lm).")
+@click.option("--steps", type=click.IntRange(min=5), help="Default: 500 (digits), else 1000.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(list(meta.METHODS)))
 @click.option(
     "--workers",
@@ -69,11 +82,14 @@ COLOURS = (
     type=click.Path(file_okay=False, path_type=Path),
     default=RESULTS,
     show_default="benchmarks/results of this checkout",
-    help="Folder for training-meta.json and .png (with --quick training-meta-quick.*).",
+    help="Folder for training-meta.json and .png (training-meta-TASKS.* for other tasks than the "
+    "default ones, training-meta-quick.* with --quick).",
 )
 @click.option("--quick", is_flag=True, help="One seed, 30 steps, digits, two methods: a look.")
 def meta_command(
     tasks: tuple[str, ...],
+    data_path: Path | None,
+    device_name: str,
     seeds: int,
     selection: int,
     steps: int | None,
@@ -85,13 +101,18 @@ def meta_command(
 ) -> None:
     """Learned update rules and their rivals, started at a learning rate that is wrong."""
     names = tuple(methods) or tuple(meta.METHODS)
-    chosen = tuple(tasks) or tuple(meta_tasks.TASKS)
+    chosen = tuple(tasks) or meta_tasks.DEFAULTS
     if quick:
         seeds, selection, steps, workers = 1, 1, steps or 30, 1
         names = tuple(methods) or ("adamw", "deep_default")
         chosen = tuple(tasks) or ("digits",)
     if "adamw" not in names:
         names = ("adamw", *names)  # what all are compared with
+    contents = _contents(chosen, data_path)
+    try:
+        device = pick_device(device_name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from None
     console = Console() if Console().is_terminal else Console(width=130)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -99,37 +120,51 @@ def meta_command(
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory() as scratch:
         store = Store((folder or Path(scratch)) / "runs.jsonl", meta.PROTOCOL)
-        with (
-            Progress(*columns, console=console) as progress,
-            Pool(meta.work, store, workers or usable_cores()) as pool,
-        ):
-            bar = progress.add_task("runs", total=0)
+        for name in chosen:
+            task = meta_tasks.TASKS[name]
+            setting, of = meta_tasks.Setting(), ""
+            if task.kind:
+                setting = meta_tasks.Setting(str(device), str(Path(scratch) / f"{name}.pt"))
+                torch.save(contents[name], setting.saved)
+                of = contents[name].name
+            with (
+                Progress(*columns, console=console) as progress,
+                Pool(partial(meta.work, setting=setting), store, workers or usable_cores()) as pool,
+            ):
+                bar = progress.add_task(name, total=0)
 
-            def execute(jobs: list[meta.Job]) -> None:
-                pending = {job for job in jobs if job not in store}
-                progress.update(bar, total=(progress.tasks[0].total or 0) + len(pending))
-                pool(jobs, lambda: progress.advance(bar))
+                def execute(
+                    jobs: list[meta.Job],
+                    pool: Pool = pool,
+                    progress: Progress = progress,
+                    bar: TaskID = bar,
+                ) -> None:
+                    pending = {job for job in jobs if job not in store}
+                    progress.update(bar, total=(progress.tasks[0].total or 0) + len(pending))
+                    pool(jobs, lambda: progress.advance(bar))
 
-            for name in chosen:
-                task = meta_tasks.TASKS[name]
-                lrs = task.lrs[:2] if quick else task.lrs
                 results[name] = meta.measure(
                     name,
                     range(seeds),
                     range(1000, 1000 + selection),
                     steps or task.steps,
                     names,
-                    lrs,
+                    task.lrs[:2] if quick else task.lrs,
                     store,
                     execute,
+                    of,
                 )
-    name = "training-meta-quick" if quick else "training-meta"
+    others = [name for name in chosen if meta_tasks.TASKS[name].kind]
+    name = "-".join(["training-meta", *(["quick"] if quick else others)])
     document: dict[str, Any] = {
         "command": "python -m benchmarks training meta" + (" --quick" if quick else ""),
+        "device": machine.describe(device) if others else "cpu",
         "config": {
             "seeds": seeds,
             "selection_seeds": selection,
-            "batch_size": {"digits": digits.BATCH_SIZE, "lm": meta_tasks.BATCH},
+            "methods": names,
+            "batch_size": {k: meta_tasks.TASKS[k].batch for k in chosen},
+            "data": {k: found.name for k, found in contents.items()},
             "lrs": {k: meta_tasks.TASKS[k].lrs for k in chosen},
             "factors": meta.FACTORS,
             "workers": workers or usable_cores(),
@@ -146,6 +181,27 @@ def meta_command(
         for measured in result["measures"]:
             console.print(table(result, measured))
     console.print(f"{out / name}.json and .png written")
+
+
+def _contents(chosen: Sequence[str], data_path: Path | None) -> dict[str, Text | Images]:
+    """What the tasks for a GPU read.
+
+    Raises:
+        click.UsageError: images are wanted and not there.
+    """
+    found: dict[str, Text | Images] = {}
+    for name in chosen:
+        kind = meta_tasks.TASKS[name].kind
+        if kind == "lm":
+            found[name] = data.text(None)
+        elif kind:
+            if data_path is None:
+                raise click.UsageError(f"--task {name} trains on CIFAR-100: give --data PATH")
+            try:
+                found[name] = data.images(data_path)
+            except ValueError as error:
+                raise click.BadParameter(str(error), param_hint="--data") from None
+    return found
 
 
 def table(result: dict[str, Any], measured: str) -> Table:

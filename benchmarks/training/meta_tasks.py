@@ -1,6 +1,8 @@
-"""What is trained from a learning rate that is wrong: the demo's MLP, and a small language model.
+"""What is trained from a learning rate that is wrong.
 
-Neither needs a file: scikit-learn's digits, and the source files of Python's standard library.
+For a CPU, and without a file: the demo's MLP on scikit-learn's digits, and a small language model
+on the source files of Python's standard library. For a GPU: the models that ``training compare``
+trains, on the same bytes and on CIFAR-100.
 """
 
 from __future__ import annotations
@@ -8,18 +10,44 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..demo.stream import build_model
-from . import data, digits
+from . import data, digits, run
 from .models import VOCABULARY, Transformer
 
 LENGTH, BATCH, WIDTH, LAYERS = 64, 16, 64, 2
 VALIDATION_BATCHES, VALIDATION_SEED = 8, 999
+#: Of the models for a GPU, see ``run.SIZES``.
+LARGE = "small"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the tasks for a GPU run, and where their data has been saved for workers."""
+
+    device: str = "cpu"
+    saved: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A task from one seed.
+
+    Attributes:
+        model: what is trained.
+        losses: an endless iterator of the losses of the next training batch each.
+        figures: numbers at the end, among them the losses that the task's ``measures`` names.
+        layers: the model's parameters, a list for each layer.
+    """
+
+    model: nn.Module
+    losses: Iterator[Tensor]
+    figures: Callable[[], dict[str, float]]
+    layers: list[list[nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -27,22 +55,28 @@ class Task:
     """A model, its batches, and what is measured at the end.
 
     Attributes:
+        steps: how many, if nobody says otherwise.
         lrs: AdamW's learning rate is chosen from these.
-        build: ``(seed) -> model``.
-        losses: ``(model, seed) -> an endless iterator of losses`` of the next training batch each.
-        figures: ``(model, seed) -> numbers``, among them the losses that ``measures`` names.
+        begin: ``(seed, setting) -> Trial``.
         measures: the losses that methods are compared by; choices are made by the first.
-        layers: the model's parameters, a list for each layer.
+        batch: samples per step.
+        kind: what of ``run.SIZES`` it is, for a task that wants a GPU.
     """
 
     label: str
     steps: int
     lrs: tuple[float, ...]
-    build: Callable[[int], nn.Module]
-    losses: Callable[[nn.Module, int], Iterator[Tensor]]
-    figures: Callable[[nn.Module, int], dict[str, float]]
+    begin: Callable[[int, Setting], Trial]
     measures: tuple[str, ...]
-    layers: Callable[[Any], list[list[nn.Parameter]]]
+    batch: int
+    kind: str = ""
+
+
+def _digits(seed: int, setting: Setting) -> Trial:
+    model = build_model(seed)
+    layers = [list(module.parameters()) for module in model if isinstance(module, nn.Linear)]
+    figures = functools.partial(_digit_figures, model, seed)
+    return Trial(model, _digit_losses(model, seed), figures, layers)
 
 
 def _digit_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
@@ -63,19 +97,17 @@ def _digit_figures(model: nn.Module, seed: int) -> dict[str, float]:
     }
 
 
-def _linear_layers(model: nn.Sequential) -> list[list[nn.Parameter]]:
-    return [list(module.parameters()) for module in model if isinstance(module, nn.Linear)]
-
-
 @functools.cache
 def source() -> data.Text:
     return data.text(None)
 
 
-def _transformer(seed: int) -> nn.Module:
+def _bytes(seed: int, setting: Setting) -> Trial:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Transformer(WIDTH, LAYERS, 2, LENGTH, VOCABULARY)
+        model = Transformer(WIDTH, LAYERS, 2, LENGTH, VOCABULARY)
+    figures = functools.partial(_text_figures, model)
+    return Trial(model, _text_losses(model, seed), figures, _layers(model))
 
 
 def _next_bytes(model: nn.Module, of: Tensor, generator: torch.Generator, batch: int) -> Tensor:
@@ -90,7 +122,7 @@ def _text_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _text_figures(model: nn.Module, seed: int) -> dict[str, float]:
+def _text_figures(model: nn.Module) -> dict[str, float]:
     generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same bytes for every run
     losses = [
         _next_bytes(model, source().validation, generator, 4 * BATCH)
@@ -100,10 +132,43 @@ def _text_figures(model: nn.Module, seed: int) -> dict[str, float]:
     return {"validation loss": loss if loss < digits.DIVERGED else digits.DIVERGED}
 
 
-def _blocks(model: Transformer) -> list[list[nn.Parameter]]:
-    inside = [list(block.parameters()) for block in model.blocks]
+def _layers(model: nn.Module) -> list[list[nn.Parameter]]:
+    """A list for each block, and one for the rest."""
+    blocks = model.blocks if isinstance(model, Transformer) else model.children()
+    inside = [list(block.parameters()) for block in blocks]
     known = {id(p) for block in inside for p in block}
-    return [[p for p in model.parameters() if id(p) not in known], *inside]
+    found = [[p for p in model.parameters() if id(p) not in known], *inside]
+    return [layer for layer in found if layer]
+
+
+def _large(kind: str, seed: int, setting: Setting) -> Trial:
+    job = run.Job(kind, LARGE, "", "adamw", 0.0, 0.0, seed)
+    with torch.random.fork_rng():
+        task = run.Task(job, run.load(setting.saved), torch.device(setting.device))
+
+    def losses() -> Iterator[Tensor]:
+        while True:
+            yield task.train_loss()
+
+    def figures() -> dict[str, float]:
+        found = task.held_out(1)
+        loss = found.pop("loss")
+        return {"validation loss": loss if loss < digits.DIVERGED else digits.DIVERGED, **found}
+
+    return Trial(task.model, losses(), figures, _layers(task.model))
+
+
+def _large_task(label: str, kind: str) -> Task:
+    size = run.SIZES[kind][LARGE]
+    return Task(
+        label,
+        size.steps,
+        (3e-4, 1e-3, 3e-3, 6e-3),
+        functools.partial(_large, kind),
+        ("validation loss",),
+        size.batch,
+        kind,
+    )
 
 
 TASKS = {
@@ -111,20 +176,21 @@ TASKS = {
         "MLP on digits",
         500,
         (1e-3, 3e-3, 1e-2, 3e-2),
-        build_model,
-        _digit_losses,
-        _digit_figures,
+        _digits,
         ("training loss", "test loss"),
-        _linear_layers,
+        digits.BATCH_SIZE,
     ),
     "lm": Task(
         "byte-level transformer on Python's source",
         1000,
         (1e-3, 2e-3, 3e-3, 6e-3),
-        _transformer,
-        _text_losses,
-        _text_figures,
+        _bytes,
         ("validation loss",),
-        _blocks,
+        BATCH,
     ),
+    "lm-large": _large_task("byte-level transformer of 11M parameters", "lm"),
+    "vit": _large_task("small ViT on CIFAR-100", "vit"),
+    "resnet": _large_task("small ResNet on CIFAR-100", "resnet"),
 }
+#: What runs if no task is named.
+DEFAULTS = ("digits", "lm")
