@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,6 +121,8 @@ class _Plan:
         self.grad_dtypes = [grad.dtype for due in dues for grad in due.grads]
         self.structure = _structure(self.groups)
         self.places = [optimizer._place(group) for group in self.groups]
+        keys = _state_keys(self.groups[0], self.slow_keys)
+        self._of_state = itemgetter("step", "update_trace", *keys)
         self.tensors = self._tensors(optimizer)
         self.memory = self._memory()
         states = [optimizer.state[p] for p in self.params]
@@ -144,9 +146,8 @@ class _Plan:
         rows, n_spans = array("q"), 0
         group_of = [d for d, size in enumerate(sizes) for _ in range(size)]
         for i, (param, state) in enumerate(zip(self.params, states)):
-            keys = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "previous_grad", *self.slow_keys]
-            moments = _state_keys(self.groups[group_of[i]], self.slow_keys)
-            own = [param, *(state[key] if key in moments else None for key in keys)]
+            columns = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "previous_grad", *self.slow_keys]
+            own = [param, *(state[key] if key in keys else None for key in columns)]
             addresses = [0 if t is None else t.data_ptr() for t in own]
             addresses += [0] * (7 - len(addresses))
             merged = 0
@@ -179,11 +180,12 @@ class _Plan:
         self._held: list[Tensor] = []  # gradients' copies, until they have been used
 
     def _tensors(self, optimizer: DeepNestedOptimizer) -> list[Tensor]:
-        found: list[Tensor] = []
-        for p in self.params:
-            state = optimizer.state[p]
-            found += [t for key, t in state.items() if key not in ("window_sum", "window_count")]
-        return found
+        """All state that a step reads or writes; nothing if some of it is missing."""
+        states = map(optimizer.state.__getitem__, self.params)
+        try:
+            return list(chain.from_iterable(map(self._of_state, states)))
+        except KeyError:
+            return []
 
     def _memory(self) -> list[int]:
         return list(map(_pointer, chain(self.params, self.tensors)))
@@ -232,7 +234,7 @@ class _Plan:
                 ).copy_(grad)
             grads.append(grad)
         self._held = grads
-        steps = [int(_get_value(step)) for step in self.steps]
+        steps = [int(step.item()) for step in self.steps]
         self.upload.copy_(self.ring.write([*map(_pointer, grads), *steps]), non_blocking=True)
         loss = optimizer._loss
         on_device: list[tuple[Any, Tensor]] = []

@@ -513,6 +513,7 @@ def learn_kernel(
                 m3 += _outer(y2, outs)
                 m3_bias += outs
         if KEEP:
+            tl.debug_barrier()  # all threads have read the trace
             group_seen = tl.load(seen + group * 8 + k, mask=k < 6, other=0.0)
             tl.store(trace + 2 + k, group_seen, mask=k < 6)
             tensor_seen = tl.load(seen + (n_groups + tensor) * 8 + k, mask=k < 4, other=0.0)
