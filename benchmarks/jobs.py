@@ -45,6 +45,9 @@ class Store:
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
 
+    def __len__(self) -> int:
+        return len(self._found)
+
     def __contains__(self, job: Job) -> bool:
         return _key(self._identity(job)) in self._found
 

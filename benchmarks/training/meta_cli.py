@@ -120,6 +120,7 @@ def meta_command(
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory() as scratch:
         store = Store((folder or Path(scratch)) / "runs.jsonl", meta.PROTOCOL)
+        done_before = len(store)
         for name in chosen:
             task = meta_tasks.TASKS[name]
             setting, of = meta_tasks.Setting(), ""
@@ -154,6 +155,7 @@ def meta_command(
                     execute,
                     of,
                 )
+        done_now = len(store) - done_before
     others = [name for name in chosen if meta_tasks.TASKS[name].kind]
     name = "-".join(["training-meta", *(["quick"] if quick else others)])
     document: dict[str, Any] = {
@@ -172,6 +174,7 @@ def meta_command(
         "machine": report.machine(),
         "results": results,
         "seconds": time.perf_counter() - started,
+        "runs_done_now": done_now,
     }
     if "lm" in chosen:
         document["config"]["text"] = meta_tasks.source().name
