@@ -21,6 +21,12 @@ MODULES = (
 )
 
 
+def _language():
+    """Triton's modules that kernels take their functions from."""
+    names = ("", ".core", ".math", ".standard", ".random")
+    return [importlib.import_module(f"triton.language{name}") for name in names]
+
+
 def _reload():
     """All kernels, and Triton's own functions, as they are made for what is set now."""
     language = importlib.import_module("triton.language")
@@ -37,6 +43,7 @@ def _reload():
 def interpreted():
     """The modules of kernels by name, interpreted whoever has imported them; afterwards as ever."""
     pytest.importorskip("triton")
+    before = [(module, dict(vars(module))) for module in _language()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         try:
@@ -44,4 +51,6 @@ def interpreted():
             yield _reload()
         finally:
             patch.undo()
+            for module, names in before:  # the interpreter leaves some of its own there
+                vars(module).update(names)
             _reload()
