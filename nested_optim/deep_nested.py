@@ -362,6 +362,10 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             state["previous_grad"] = empty(dtype=self._state_dtype(param, group))
             state["update_trace"] = simple.empty_trace(param)
 
+    def _counts_on_device(self, group: dict[str, Any]) -> bool:
+        # A learned step is counted on the host, which tells the kernels.
+        return options.is_plain(group) and super()._counts_on_device(group)
+
     def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
         if key != "update_trace":
             return super()._load_tensor(param, group, key, value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 #: Plans that are kept at once: one for each set of parameters that are updated together.
 _MAX_PLANS = 32
 #: Programs of the launch that goes back through the networks; each keeps sums of its own.
-_PROGRAMS = 64
+_PROGRAMS = 256
 _SETTINGS = 24
 
 _dtype, _pointer = attrgetter("dtype"), Tensor.data_ptr
@@ -209,7 +208,7 @@ class _Plan:
 
     def learn_alone(self, first: dict[str, Any]) -> None:
         """Gather what the gradients teach, for a meta update before the update."""
-        with _on(self.device):
+        with kernels.on(self.device):
             self._inputs(first)
             self._run(first, measure=True, update=False)
             self._learn(first, learn=True, keep=False)
@@ -217,7 +216,7 @@ class _Plan:
     def update(self, first: dict[str, Any], *, learn: bool) -> dict[int, Inputs]:
         """Update, and gather on the way; of each group's place, what the networks said."""
         _count(self.steps)
-        with _on(self.device):
+        with kernels.on(self.device):
             self._inputs(first)
             self._run(first, measure=learn, update=True)
             self._learn(first, learn=learn, keep=True)
@@ -308,12 +307,13 @@ class _Plan:
 
         flats, known = self._networks(first)
         count, n_groups = len(self.params), len(self.groups)
-        run: Any = source.inputs_kernel[(n_groups + count,)]
-        run(
-            self.rows, self.upload[count:], self.settings, *flats, self.multipliers, self.seen,
-            self.said, self.orders, n_groups, **known,
-            BLOCK=source.BLOCK, num_warps=source.NUM_WARPS,
+        steps, constants = self.upload[count:], (*known.values(), source.BLOCK)
+        args = (
+            self.rows, steps, self.settings, *flats, self.multipliers, self.seen, self.said,
+            self.orders, n_groups, *constants,
         )  # fmt: skip
+        kind = self.device, constants, kernels.aligned(steps), tuple(map(kernels.aligned, flats))
+        source.launch_inputs(kind, (n_groups + count, 1, 1), args)
 
     def _run(self, first: dict[str, Any], *, measure: bool, update: bool) -> None:
         """The pass over all tensors: products with the update before, the update, or both."""
@@ -321,12 +321,13 @@ class _Plan:
 
         amsgrad = first["normalize"] and self.groups[0]["amsgrad"]
         for launch in self.launches:
-            run: Any = source.pass_kernel[(launch.count,)]
-            run(
+            flags = len(self.slow_keys), first["normalize"], amsgrad, measure, update
+            constants = *launch.kinds, *flags, source.CHUNK, source.SPAN
+            args = (
                 launch.spans, self.rows, self.upload, self.orders, self.multipliers, self.sums,
-                *launch.kinds, len(self.slow_keys), first["normalize"], amsgrad, measure, update,
-                source.CHUNK, source.SPAN, num_warps=source.NUM_WARPS,
+                *constants,
             )  # fmt: skip
+            source.launch_pass((self.device, constants), (launch.count, 1, 1), args)
 
     def _learn(self, first: dict[str, Any], *, learn: bool, keep: bool) -> None:
         """After the pass: gather what it says about the weights; write the traces."""
@@ -334,20 +335,20 @@ class _Plan:
 
         flats, known = self._networks(first)
         count = len(self.params)
-        run: Any = source.learn_kernel[(len(self.found),)]
-        run(
-            self.rows, self.upload[count:], self.settings, *flats, self.seen, self.sums,
-            self.lengths, self.found, count, len(self.groups), self.total, **known,
-            LEARN=learn, KEEP=keep, BLOCK=source.BLOCK, num_warps=source.NUM_WARPS,
+        kept_in, *others = known.values()
+        steps, constants = self.upload[count:], (kept_in, learn, keep, *others, source.BLOCK)
+        args: tuple[Any, ...] = (
+            self.rows, steps, self.settings, *flats, self.seen, self.sums, self.lengths,
+            self.found, count, len(self.groups), self.total, *constants,
         )  # fmt: skip
+        kind = self.device, constants, kernels.aligned(steps), tuple(map(kernels.aligned, flats))
+        source.launch_learn(kind, (len(self.found), 1, 1), args)
         if not learn:
             return
         kept = [first[f"{module}_grad"] for module in self.modules]
-        collect: Any = source.collect_kernel[(len(kept),)]
-        collect(
-            self.found.sum(0), self.lengths, self._places_of(kept), count,
-            first["meta_rule"] == "cosine", 1024, num_warps=source.NUM_WARPS,
-        )  # fmt: skip
+        constants = first["meta_rule"] == "cosine", 1024
+        args = self.found.sum(0), self.lengths, self._places_of(kept), count, *constants
+        source.launch_collect((self.device, constants), (len(kept), 1, 1), args)
 
     def _places_of(self, kept: list[Tensor]) -> Tensor:
         """Of each module: where it gathers, where its derivatives begin, how many they are."""
@@ -404,12 +405,6 @@ class FusedLearning:
     def forget(self) -> None:
         """Drop the plans: the optimizer's state has been replaced."""
         self._plans.clear()
-
-
-def _on(device: torch.device) -> Any:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:

@@ -434,8 +434,8 @@ class LevelOptimizer(Optimizer, abc.ABC):
             if "step" not in state:
                 state["step"] = torch.zeros(
                     (),
-                    dtype=_get_scalar_dtype(is_fused=on_device or group["fused"]),
-                    device=param.device if on_device or group["fused"] else "cpu",
+                    dtype=_get_scalar_dtype(is_fused=on_device or self._counts_on_device(group)),
+                    device=param.device if on_device or self._counts_on_device(group) else "cpu",
                 )
             state["window_count"] = torch.zeros(
                 (), dtype=torch.float32, device=param.device if on_device else "cpu"
@@ -444,13 +444,17 @@ class LevelOptimizer(Optimizer, abc.ABC):
         elif not on_device and not state["window_count"].is_cpu:
             # They come from the kernels; read there, each would be a wait for the device.
             state["window_count"] = state["window_count"].cpu()
-            if not group["fused"]:
+            if not self._counts_on_device(group):
                 state["step"] = state["step"].cpu()
         if group["frequency"] > 1 and "window_sum" not in state:
             state["window_sum"] = torch.zeros_like(
                 param, dtype=self._window_dtype(param, group), memory_format=torch.preserve_format
             )
         return state
+
+    def _counts_on_device(self, group: dict[str, Any]) -> bool:
+        """Whether ``fused`` keeps ``step`` beside the parameter, as torch's fused operators ask."""
+        return bool(group["fused"])
 
     def _pending(self, param: Tensor) -> bool:
         state = self.state.get(param, {})
@@ -552,9 +556,10 @@ class LevelOptimizer(Optimizer, abc.ABC):
     def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
         """A state entry of a checkpoint as this optimizer keeps it."""
         if key in self._counter_keys:
-            on_device = group["capturable"] or (key == "step" and group["fused"])
+            fused = key == "step" and self._counts_on_device(group)
+            on_device = group["capturable"] or fused
             on_device = on_device or (self._has_kernels and serves(group, param))
-            dtype = _get_scalar_dtype(is_fused=group["fused"]) if key == "step" else torch.float32
+            dtype = _get_scalar_dtype(is_fused=fused) if key == "step" else torch.float32
             value = torch.as_tensor(value, dtype=torch.float32 if on_device else dtype)
             return value.to(param.device if on_device else "cpu")
         if not isinstance(value, Tensor):

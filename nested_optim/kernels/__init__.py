@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Parameters, gradients and moments that the kernels can take.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,3 +37,15 @@ def available(device: torch.device) -> bool:
 @functools.cache
 def _capable(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (7, 0)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all begin at multiples of 16 bytes."""
+    return not any(t.data_ptr() & 15 for t in tensors)
+
+
+def on(device: torch.device) -> Any:
+    """A context in which launches go to this device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launcher import Launcher
+
 #: Elements per pass of a program's loop, and per program: few programs leave few sums to add up.
 CHUNK, SPAN = 512, 8192
 NUM_WARPS = 4
@@ -252,3 +254,6 @@ def pass_kernel(
             row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, SLOWKIND,
             WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, CHUNK, False,
         )  # fmt: skip
+
+
+launch_pass = Launcher(pass_kernel, num_warps=NUM_WARPS)

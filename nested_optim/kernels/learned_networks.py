@@ -10,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launcher import Launcher
+
 #: Tensors per pass of a program's loop over a group, and spans per pass over a tensor's sums.
-BLOCK = 64
+BLOCK = 256
 NUM_WARPS = 8
 
 
@@ -598,3 +600,8 @@ def collect_kernel(found, lengths, modules, n_tensors, COSINE: tl.constexpr, BLO
             x = tl.load(found + at + lanes, mask=known, other=0.0) / length
             old = tl.load(kept + at + lanes, mask=known, other=0.0)
             tl.store(kept + at + lanes, old + x.to(tl.float32), mask=known)
+
+
+launch_inputs = Launcher(inputs_kernel, num_warps=NUM_WARPS)
+launch_learn = Launcher(learn_kernel, num_warps=NUM_WARPS)
+launch_collect = Launcher(collect_kernel, num_warps=NUM_WARPS)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launcher import repeatable
 from .tables import CHUNK, LevelTable
 
 #: Warps per program of ``apply``: two 16-byte accesses of float32 per thread. The best of 256 to
@@ -416,7 +417,7 @@ def step(
     second = None
     if table.n_chunks:
         second = apply[(table.n_chunks,)](*apply_args, num_warps=NUM_WARPS, enable_fp_fusion=True)
-    if ordinary and hasattr(first, "run"):
+    if ordinary and repeatable(first):
         table.launch = _relaunch(first, blocks, advance_args, second, table.n_chunks, apply_args)
 
 

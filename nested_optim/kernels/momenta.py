@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import aligned, on
+from .launcher import Launcher
 
 #: Elements and warps per program: two 16-byte accesses of float32 per thread and tensor.
 CHUNK = 1024
@@ -280,6 +282,10 @@ def move_kernel(
         )  # fmt: skip
 
 
+_launch_momenta = Launcher(momenta_kernel, num_warps=NUM_WARPS)
+_launch_move = Launcher(move_kernel, num_warps=NUM_WARPS)
+
+
 class Matrix(NamedTuple):
     """Where one matrix lies in a parameter, and in its state, which is laid out alike."""
 
@@ -365,26 +371,12 @@ class MomentumTable:
             nesterov: look ahead.
             maximize: take the negative gradients.
         """
-        run: Any = momenta_kernel[(self._n_chunks,)]
-        with _on(self.device):
-            run(
-                self._chunks,
-                self._rows,
-                grads,
-                stack,
-                1 - beta1,
-                beta1,
-                beta3,
-                beta3 if opens else 1.0,
-                share,
-                *self._kinds,
-                self._slow,
-                self._counted,
-                nesterov,
-                maximize,
-                CHUNK,
-                num_warps=NUM_WARPS,
-            )
+        numbers = 1 - beta1, beta1, beta3, beta3 if opens else 1.0, share
+        constants = *self._kinds, self._slow, self._counted, nesterov, maximize, CHUNK
+        args = self._chunks, self._rows, grads, stack, *map(float, numbers), *constants
+        kind = self.device, constants, aligned(grads, stack)
+        with on(self.device):
+            _launch_momenta(kind, (self._n_chunks, 1, 1), args)
 
 
 class MoveTable:
@@ -481,29 +473,15 @@ class MoveTable:
     ) -> None:
         # Of one type, whatever the numbers are: an integer would be compiled for.
         alpha, beta2, eps, size, decay = map(float, (*options, size, decay))
-        run: Any = move_kernel[(self._count * self._per_matrix,)]
-        with _on(self.device):
-            run(
-                self._rows,
-                x,
-                sums,
-                sums if sizes is None else sizes,
-                self._per_matrix,
-                alpha,
-                1 - beta2,
-                eps,
-                size,
-                decay,
-                *self._kinds,
-                self._slow and joined,
-                self._moment and joined,
-                ratio,
-                measure,
-                sizes is not None,
-                x.data_ptr() % 16 == 0,
-                CHUNK,
-                num_warps=NUM_WARPS,
-            )
+        sizes_at = sums if sizes is None else sizes
+        flags = self._slow and joined, self._moment and joined, ratio, measure, sizes is not None
+        constants = *self._kinds, *flags, aligned(x), CHUNK
+        numbers = alpha, 1 - beta2, eps, size, decay
+        args = self._rows, x, sums, sizes_at, self._per_matrix, *numbers, *constants
+        kinds = x.dtype, sums.dtype, aligned(sums), sizes_at.dtype, aligned(sizes_at)
+        kind = self.device, self._per_matrix, constants, *kinds
+        with on(self.device):
+            _launch_move(kind, (self._count * self._per_matrix, 1, 1), args)
 
 
 def _upload(values: array[int], device: torch.device) -> Tensor:
@@ -512,9 +490,3 @@ def _upload(values: array[int], device: torch.device) -> Tensor:
     if device.type == "cuda":  # so that the copy waits for nothing
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
-
-
-def _on(device: torch.device) -> Any:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import aligned, on
+from .launcher import Launcher
 
 CHUNK = 2048
 NUM_WARPS = 4
@@ -35,7 +35,12 @@ def divided(x: Tensor, norms: Tensor, dtype: torch.dtype) -> Tensor:
     if not out.numel():
         return out
     count, numel = len(x), out[0].numel()
-    launcher: Any = divide_kernel[(triton.cdiv(numel, CHUNK), count)]
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        launcher(x, norms, out, numel, numel % CHUNK == 0, CHUNK, num_warps=NUM_WARPS)
+    constants = numel % CHUNK == 0, CHUNK
+    kind = x.device, x.dtype, dtype, numel, constants, aligned(x), aligned(norms)
+    with on(x.device):
+        grid = triton.cdiv(numel, CHUNK), count, 1
+        _launch(kind, grid, (x, norms, out, numel, *constants))
     return out
+
+
+_launch = Launcher(divide_kernel, num_warps=NUM_WARPS)

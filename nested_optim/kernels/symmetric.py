@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import aligned, on
+from .launcher import Launcher
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -186,45 +189,44 @@ def symmetric_product(
         return out
     tile, step, stages = _blocks(a.dtype, size, depth)
     across = triton.cdiv(size, tile)
-    grid = (across * (across + 1) // 2, batch)
-    numbers = float(alpha), float(beta), float(diagonal)
-    options = {
-        "PLUS": plus is not None,
-        "TILE": tile,
-        "DEPTH": step,
-        "num_warps": NUM_WARPS if tile == TILE else 4,
-        "num_stages": stages,
-    }
-    around = torch.cuda.device(a.device) if a.is_cuda else nullcontext()
-    with around:
+    grid = (across * (across + 1) // 2, batch, 1)
+    numbers = size, depth, float(alpha), float(beta), float(diagonal)
+    added = out if plus is None else plus
+    options = {"num_warps": NUM_WARPS if tile == TILE else 4, "num_stages": stages}
+    kind: tuple[Any, ...] = a.device, a.dtype, size, plus is None, aligned(added), aligned(out)
+    with on(a.device):
         if tile == TILE and described(a) and described(b):
-            launcher: Any = described_kernel[grid]
             along = a.stride(2) == 1, b.stride(2) == 1
             read = (_descriptor(x, by_row, tile, step) for x, by_row in zip((a, b), along))
-            launcher(
-                *read, plus if plus is not None else out, out, size, depth, *numbers,
-                A_ALONG=along[0], B_ALONG=along[1], **options,
-            )  # fmt: skip
+            args = *read, added, out, *numbers, plus is not None, *along, tile, step
+            _launch_described((*kind, along, step), grid, args, **options)
         else:
-            launcher = product_kernel[grid]
-            launcher(
-                a, b, plus if plus is not None else out, out, size, depth,
-                *a.stride(), *b.stride(), *numbers,
-                EVEN=depth % step == 0, **options,
-            )  # fmt: skip
+            strides = *a.stride(), *b.stride()
+            args = a, b, added, out, *numbers[:2], *strides, *numbers[2:]
+            args = *args, plus is not None, depth % step == 0, tile, step
+            _launch_product((*kind, depth, strides, aligned(a), aligned(b)), grid, args, **options)
     return out
+
+
+_launch_described = Launcher(described_kernel)
+_launch_product = Launcher(product_kernel)
 
 
 def described(x: Tensor) -> bool:
     """Whether a tensor can be read through a descriptor, and gains by it."""
     if TensorDescriptor is None or x.dtype != torch.float16:
         return False
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9:
+    if x.is_cuda and not _has_copy_engine(x.device):
         return False
     batch, row, column = x.stride()
     if column != 1:
         row, column = column, row
     return column == 1 and (batch | row) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+@cache
+def _has_copy_engine(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _descriptor(x: Tensor, along: bool, tile: int, step: int) -> Any:
