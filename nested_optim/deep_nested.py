@@ -101,12 +101,12 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         val_batch_fn (callable): gives a validation batch for a :meth:`meta_update` every
             ``meta_update_freq`` steps, in explicit mode, on the batches of :meth:`observe_batch`.
             Not saved, like any hook.
-        fused (bool): with the learned parts on, True asks for the kernels, where there is Triton
+        fused (bool): with the learned parts on, whether to use the kernels, where there is Triton
             and a CUDA device: in one pass over memory a step learns and updates, with 36 bytes per
             parameter in float32 and 8 more per slow momentum. The first update of a parameter, and
             tensors that the kernels do not know, go the other paths. For all groups alike, in
             ``mode="simple"``, with at most three momenta and 128 units in a layer (default: None,
-            foreach).
+            the kernels wherever they can be used, unless ``foreach`` is given).
         betas, eps, weight_decay, amsgrad, frequency, window, decoupled, state_dtype, maximize,
             foreach, capturable, differentiable, kahan_sum: as in :class:`NestedOptimizer`, with
             ``weight_decay`` 0 by default. The last three, and betas that are tensors, need the
@@ -478,7 +478,9 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         learns = first["meta_lr"] > 0 and self._traces(first)
         update_of_networks = learns and counted
         update_of_networks &= (first["global_step"] + 1) % first["meta_update_freq"] == 0
-        plan = self._learning.find(self, due) if due and first["fused"] else None
+        asked = all(options.wants_kernels(group) for group, _, _ in due)
+        asked = asked and bool(due) and kernels.available(first["params"][0].device)
+        plan = self._learning.find(self, due) if asked else None
         if plan is not None:
             plan.begin(self, due)
             if update_of_networks:

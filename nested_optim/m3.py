@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 from . import kernels, rules
 from .fused import FusedSteps
 from .levels import check_frequency
-from .m3_fused import FusedMatrices
+from .m3_fused import FusedMatrices, wanted
 from .m3_steps import (
     _multi_tensor_m3,
     _single_tensor_m3,
@@ -123,7 +123,7 @@ class M3(NestedOptimizer):
         }
         LevelOptimizer.__init__(self, params, defaults, param_groups=param_groups, memory=memory)
 
-    _matrices: FusedMatrices | None = None  # made by the first step of a group with ``fused``
+    _matrices: FusedMatrices | None = None  # made by the first step that goes by the kernels
     #: Groups, and the options they had when these were checked.
     _checked: tuple[tuple[dict[str, Any], tuple[Any, ...]], ...] = ()
 
@@ -331,7 +331,7 @@ class M3(NestedOptimizer):
             super()._update(group, params, grads)
             return
         states = list(map(self.state.__getitem__, params))
-        if not group["fused"]:
+        if not wanted(group) or not kernels.available(params[0].device):
             self._complete(group, params, states)
             _count([state["step"] for state in states])
             self._run_on_torch(group, params, grads, states)
@@ -578,10 +578,10 @@ M3.__doc__ = rf"""Multi-scale momentum Muon for matrices and AdamW for the rest,
             kept where a chunk ends: right in every replay, but twice the work.
         {_differentiable_doc}
         fused (bool, optional): for groups with ``algorithm="adamw"``, as in
-            :class:`NestedOptimizer`; the default on CUDA. For matrices True asks for Triton kernels
-            around the orthogonalisation, on CUDA, instead of foreach, which is the default there.
-            Sharded, float64 and non-contiguous parameters, and with ``kahan_sum`` narrow ones, go
-            through torch's operations all the same.
+            :class:`NestedOptimizer`. For matrices, Triton kernels around the orthogonalisation.
+            The default on CUDA, for both, unless ``foreach`` is given. Sharded, float64 and
+            non-contiguous matrices, and with ``kahan_sum`` narrow ones, go through torch's
+            operations all the same.
         param_groups (iterable): the same as ``params``.
         memory (str, tuple or dict): a :class:`WeightMemory` from the start: a preset's name, its
             frequencies, or a dict of its arguments (default: None).

@@ -35,13 +35,20 @@ _dtype, _shape = attrgetter("dtype"), attrgetter("shape")
 _F32 = torch.float32
 
 
+def wanted(group: dict[str, Any]) -> bool:
+    """Whether matrices go by the kernels wherever those can serve: not if a path was asked for."""
+    if group["fused"] is not None or group["mode"] == "paper":
+        return bool(group["fused"])
+    return group["foreach"] is None and not group["differentiable"]
+
+
 def serves(group: dict[str, Any], param: Tensor, state: dict[str, Any], grad: Tensor) -> bool:
-    """Whether the kernels update this matrix: with ``fused=True``, where they know all of it.
+    """Whether the kernels update this matrix: where they know all of it.
 
     ``state`` is complete. What has no kernel is left to the other paths: sharded parameters,
     float64, compensated sums, and tensors that are not contiguous.
     """
-    if not group["fused"] or group["mode"] == "paper" or not kernels.available(param.device):
+    if not wanted(group) or not kernels.available(param.device):
         return False
     if type(param) not in (Tensor, torch.nn.Parameter) or "kahan_comp" in state:
         return False
@@ -315,9 +322,11 @@ def _update(bucket: _Bucket, group: dict[str, Any], grads: list[Tensor], capture
     written = ring.give(addresses) if captured else ring.write(addresses)
     bucket.addresses.copy_(written, non_blocking=True)
     buffer = torch.empty(bucket.length, dtype=_F32, device=bucket.device)
+    sums = torch.empty(bucket.table.chunks, dtype=_F32, device=bucket.device)
     bucket.table.launch(
         bucket.addresses,
         buffer,
+        sums,
         beta1=beta1,
         beta3=beta3,
         opens=_opens(bucket, beta3) if alpha and not bucket.on_device else False,
@@ -333,10 +342,12 @@ def _update(bucket: _Bucket, group: dict[str, Any], grads: list[Tensor], capture
     for _, start, shape, _ in bucket.stacks:
         count, rows, columns = shape
         matrices.append(buffer[start : start + count * rows * columns].view(shape))
+    norms: list[Tensor | None] = list(_norms(bucket, sums))
     ending: list[_Part] = []
     if ends is not None:
         ending = [p for s in bucket.stacks for p in s.parts if ends[p.param] is not False]
         matrices += bucket.pieces(bucket.slow, ending)
+        norms += [None] * len(ending)
 
     n_fast = len(bucket.stacks)
     for batch in orthogonal_batches(
@@ -346,6 +357,7 @@ def _update(bucket: _Bucket, group: dict[str, Any], grads: list[Tensor], capture
         dtype=bucket.dtype,
         max_batch_bytes=group["max_batch_bytes"],
         as_computed=True,
+        norms=norms,
     ):
         parts = batch.result.split(batch.counts)
         for i, x in zip(batch.indices, parts):
@@ -362,6 +374,19 @@ def _update(bucket: _Bucket, group: dict[str, Any], grads: list[Tensor], capture
                     for (part, x), old in zip(fresh, targets)
                 ]
             torch._foreach_copy_(targets, kept)
+
+
+def _norms(bucket: _Bucket, sums: Tensor) -> Sequence[Tensor]:
+    """Frobenius norms of what is to be orthogonalised, stack by stack."""
+    from .kernels.momenta import CHUNK
+
+    counts = [stack.shape[0] for stack in bucket.stacks]
+    chunks = [-(-stack.shape[1] * stack.shape[2] // CHUNK) for stack in bucket.stacks]
+    found = []
+    for part, count in zip(sums.split([n * each for n, each in zip(counts, chunks)]), counts):
+        found.append(part.view(count, -1).sum(1))
+    norms: Tensor = torch.cat(found).sqrt_().view(-1, 1, 1)
+    return list(norms.split(counts))
 
 
 def _opens(bucket: _Bucket, beta3: float) -> bool:

@@ -32,6 +32,10 @@ BACKENDS = ("auto", "bmm", "symmetric", "gram")
 _STEPS_PER_GRAM = {torch.float16: 3, torch.bfloat16: 1, torch.float32: 3, torch.float64: 6}
 
 
+# The kernel's products are placed by 32-bit numbers.
+_MOST_ROWS = 46340
+
+
 class Batch(NamedTuple):
     """Matrices of one shape that are orthogonalised together."""
 
@@ -105,10 +109,12 @@ def orthogonal_batches(
     max_batch_bytes: int,
     backend: str = "auto",
     as_computed: bool = False,
+    norms: Sequence[Tensor | None] | None = None,
 ) -> Iterator[Batch]:
     """The same, batch by batch, so that a caller can go on with each batch and then let it go.
 
-    With ``as_computed`` results may be left in float16 where ``dtype`` is bfloat16.
+    With ``as_computed`` results may be left in float16 where ``dtype`` is bfloat16. Of tensors
+    whose Frobenius norms are known, shape (batch, 1, 1) and at least float32, ``norms`` has them.
     """
     if backend not in BACKENDS:
         raise ValueError(f"Invalid backend: {backend!r}. Choose one of {', '.join(BACKENDS)}")
@@ -125,13 +131,19 @@ def orthogonal_batches(
         for some in _within(matrices, indices, dtype, max_batch_bytes):
             x = _stacked([matrices[i] for i in some])
             tall = rows > columns
-            result = _iterate(x.mT if tall else x, schedule, eps, dtype, chosen)
+            norm = _known(matrices, norms, some)
+            result = _iterate(x.mT if tall else x, schedule, eps, dtype, chosen, norm)
             yield Batch(some, [matrices[i].size(0) for i in some], result.mT if tall else result)
     for (device, _), indices in together.items():
         work = _work_dtype(dtype, device)
         for group in _within(matrices, indices, dtype, max_batch_bytes):
             alike = [list(run) for _, run in groupby(group, lambda i: matrices[i].shape[1:])]
-            xs = [_normalised(_stacked([matrices[i] for i in some]), eps, work) for some in alike]
+            xs = [
+                _normalised(
+                    _stacked([matrices[i] for i in some]), eps, work, _known(matrices, norms, some)
+                )
+                for some in alike
+            ]
             for some, x in zip(alike, _gram(xs, schedule)):
                 done = x if as_computed else x.to(dtype)
                 yield Batch(some, [matrices[i].size(0) for i in some], done)
@@ -179,10 +191,12 @@ def _choose(
     backend: str, device: torch.device, dtype: torch.dtype, short: int, long: int, steps: int
 ) -> str:
     symmetric = kernels.available(device) and dtype in (torch.float16, torch.bfloat16)
+    symmetric = symmetric and short <= _MOST_ROWS
     if backend == "symmetric" and not symmetric:
         raise ValueError(
-            "backend='symmetric' needs Triton, a CUDA device and float16 or bfloat16, but the "
-            f"matrices are {dtype} on {device}; leave it at 'auto'"
+            "backend='symmetric' needs Triton, a CUDA device, float16 or bfloat16, and at most "
+            f"{_MOST_ROWS} rows or columns, but the matrices are {dtype} on {device} and their "
+            f"short side is {short}; leave it at 'auto'"
         )
     if backend != "auto":
         return backend
@@ -214,11 +228,28 @@ def _segments(steps: int, length: int) -> list[int]:
     return [shortest + 1] * longer + [shortest] * (runs - longer)
 
 
-def _normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """(matrices, rows, columns), each of Frobenius norm 1."""
+def _norm(x: Tensor) -> Tensor:
     # At least float32 until the scale is known: float16 would lose small gradients.
     wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
+    return norm
+
+
+def _known(
+    matrices: Sequence[Tensor], norms: Sequence[Tensor | None] | None, some: list[int]
+) -> Tensor | None:
+    """Norms of some tensors, if those of one of them were given."""
+    given = [None if norms is None else norms[i] for i in some]
+    if all(norm is None for norm in given):
+        return None
+    found = [_norm(matrices[i]) if norm is None else norm for i, norm in zip(some, given)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _normalised(x: Tensor, eps: float, dtype: torch.dtype, norm: Tensor | None = None) -> Tensor:
+    """(matrices, rows, columns), each of Frobenius norm 1."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = (_norm(x) if norm is None else norm).clamp(min=eps)
     if wide == torch.float32 != dtype and kernels.available(x.device) and x.is_contiguous():
         from .kernels.normalize import divided
 
@@ -228,12 +259,17 @@ def _normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def _iterate(
-    wide: Tensor, schedule: Sequence[Coefficients], eps: float, dtype: torch.dtype, backend: str
+    wide: Tensor,
+    schedule: Sequence[Coefficients],
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+    norm: Tensor | None,
 ) -> Tensor:
     """Newton-Schulz of a (matrices, short, long) tensor by one of the two plain forms."""
     if backend == "bmm" or not schedule:
         return newton_schulz(wide.to(dtype), schedule, eps)
-    x = _normalised(wide, eps, _work_dtype(dtype, wide.device))
+    x = _normalised(wide, eps, _work_dtype(dtype, wide.device), norm)
     for a, b, c in schedule:
         gram = _half_product(x, x)
         polynomial = _half_product(gram, gram, alpha=c, plus=gram, beta=b)
@@ -267,7 +303,8 @@ def _gram(xs: list[Tensor], schedule: Sequence[Coefficients]) -> list[Tensor]:
 
 
 def _halves(x: Tensor) -> bool:
-    return kernels.available(x.device) and x.dtype in (torch.float16, torch.bfloat16)
+    fits = min(x.shape[1:]) <= _MOST_ROWS
+    return fits and kernels.available(x.device) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _half_product(

@@ -50,7 +50,7 @@ def build(params, fused=True, **options):
     options = {"lr": 0.02, "meta_lr": 0.01, "meta_update_freq": 3, **SMALL, **options}
     late = options.pop("late", {})
     groups = [{"params": params[:1], "name": "early"}, {"params": params[1:], **late}]
-    return DeepNestedOptimizer(groups, fused=fused or None, **options)
+    return DeepNestedOptimizer(groups, fused=fused, **options)
 
 
 def pair(dtype=F64, shapes=SHAPES, **options):
@@ -233,7 +233,7 @@ def test_it_resumes_to_the_last_bit_on_the_kernels_and_elsewhere(launches):
         again = build(twins, late={"frequency": 2})
         again.load_state_dict(copy.deepcopy(saved))
         for group in again.param_groups:
-            group["fused"] = fused or None
+            group["fused"] = fused
         before = len(launches)
         for seed in range(4, 7):
             advance(again, twins, seed)

@@ -135,7 +135,8 @@ def errors(optimizer, params, steps):
     [
         (F32, F32, 100, (8e-7, 3e-7)),
         pytest.param(F32, F32, 1000, (3e-6, 3e-7), marks=pytest.mark.slow),
-        (F64, F64, 40, (1e-15, 1e-15)),
+        # Powers of the betas are as near as the exponential function of the host (or the device).
+        (F64, F64, 40, (4e-15, 1e-15)),
         # Triton's interpreter cuts what it should round to bfloat16: one ulp, not half of it.
         (BF16, F32, 40, (1 / 128, 3e-7)),
         (F16, F32, 40, (1 / 2048, 3e-7)),

@@ -86,7 +86,8 @@ def test_symmetric_products_compile_to_tensor_core_instructions(even, monkeypatc
     kinds |= dict.fromkeys(("a_batch", "a_row", "b_batch", "b_row"), "i64")
     kinds |= dict.fromkeys(("a_column", "b_column"), "i32")
     kinds |= dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
-    constants = {"PLUS": True, "EVEN": even, "TILE": module.TILE, "DEPTH": module.DEPTH}
+    constants = {"PLUS": True, "EVEN": even, "WHOLE": even}
+    constants |= {"TILE": module.TILE, "DEPTH": module.DEPTH}
     lines = lines_of_ptx(module.product_kernel, kinds, constants, module.NUM_WARPS)
     assert any("wgmma.mma_async" in line for line in lines)
 
@@ -102,7 +103,7 @@ def test_symmetric_products_compile_to_reads_of_the_copy_engine(along, monkeypat
     kinds = {k: f"tensordesc<fp16[{block}]>" for k, block in zip("ab", blocks)}
     kinds |= dict.fromkeys(("plus", "result"), "*fp16") | {"size": "i32", "depth": "i32"}
     kinds |= dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
-    constants = {"PLUS": True, "A_ALONG": along[0], "B_ALONG": along[1]}
+    constants = {"PLUS": True, "A_ALONG": along[0], "B_ALONG": along[1], "WHOLE": True}
     constants |= {"TILE": tile, "DEPTH": step}
     lines = lines_of_ptx(module.described_kernel, kinds, constants, module.NUM_WARPS)
     assert any("wgmma.mma_async" in line for line in lines)
@@ -153,7 +154,8 @@ def test_m3s_passes_compile_to_accesses_of_16_bytes(dtypes, slow, on_device, mon
     module = without_interpreter("nested_optim.kernels.momenta", monkeypatch)
     param, grad, momentum, update = map(module.DTYPES.get, dtypes)
     numbers = dict.fromkeys(("weight", "beta1", "beta3", "scale", "share"), "fp32")
-    kinds = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "stack": "*fp32", **numbers}
+    kinds = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "stack": "*fp32"}
+    kinds |= {"sums": "*fp32", **numbers}
     constants = {"GRAD": grad, "MOMENTUM": momentum, "SLOW": slow, "COUNTED": on_device}
     constants |= {"NESTEROV": True, "MAXIMIZE": False, "CHUNK": module.CHUNK}
     programs = [lines_of_ptx(module.momenta_kernel, kinds, constants, module.NUM_WARPS)]

@@ -282,7 +282,7 @@ def test_one_launch_goes_before_however_many_matrices_there_are(kernel, monkeypa
     launch, run = kernel.MomentumTable.launch, kernel.MoveTable._run
 
     def counted(self, *args, **options):
-        before.append(self._n_chunks)
+        before.append(self.chunks)
         launch(self, *args, **options)
 
     def counted_too(self, *args):

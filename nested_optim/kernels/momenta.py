@@ -55,6 +55,7 @@ def _momenta_chunk(
     row,
     g_address,
     stack,
+    sums,
     start,
     lanes,
     left,
@@ -112,6 +113,7 @@ def _momenta_chunk(
         tl.store(out_at, ahead)
     else:
         tl.store(out_at, ahead, mask=mask)
+    tl.store(sums, tl.sum(ahead * ahead))  # of zeros past the end
 
 
 @triton.jit
@@ -120,6 +122,7 @@ def momenta_kernel(
     rows,
     grads,
     stack,
+    sums,
     weight,
     beta1,
     beta3,
@@ -133,7 +136,10 @@ def momenta_kernel(
     MAXIMIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One chunk of one matrix; ``grads`` holds the addresses of the parameters' gradients."""
+    """One chunk of one matrix; ``grads`` holds the addresses of the parameters' gradients.
+
+    ``sums``, of every chunk, takes the sum of the squares of what goes to ``stack``.
+    """
     pid = tl.program_id(0)
     row = rows + tl.load(chunks + pid).to(tl.int64) * 16
     start = (pid - tl.load(row + 7)) * CHUNK
@@ -145,12 +151,12 @@ def momenta_kernel(
     lanes = tl.arange(0, CHUNK)
     if (left >= CHUNK) & (((tl.load(row + 10) | g_address) & 15) == 0):
         _momenta_chunk(
-            row, g_address, stack, start, lanes, left, weight, beta1, scale, share,
+            row, g_address, stack, sums + pid, start, lanes, left, weight, beta1, scale, share,
             GRAD, MOMENTUM, SLOW, NESTEROV, MAXIMIZE, True,
         )  # fmt: skip
     else:
         _momenta_chunk(
-            row, g_address, stack, start, lanes, left, weight, beta1, scale, share,
+            row, g_address, stack, sums + pid, start, lanes, left, weight, beta1, scale, share,
             GRAD, MOMENTUM, SLOW, NESTEROV, MAXIMIZE, False,
         )  # fmt: skip
 
@@ -344,7 +350,8 @@ class MomentumTable:
             row = [k, in_grad, momentum, slow, count, offset, matrix.numel, *place]
             rows.extend(row + [0] * (_ROW - len(row)))
             chunks.extend(array("i", [i]) * (-(-matrix.numel // CHUNK)))
-        self._n_chunks = len(chunks)
+        #: Programs of a launch, matrix by matrix.
+        self.chunks = len(chunks)
         self._rows = _upload(rows, self.device)
         self._chunks = _upload(chunks, self.device)
 
@@ -352,6 +359,7 @@ class MomentumTable:
         self,
         grads: Tensor,
         stack: Tensor,
+        sums: Tensor,
         *,
         beta1: float,
         beta3: float,
@@ -365,6 +373,7 @@ class MomentumTable:
         Args:
             grads: addresses of the gradients, int64, which the device can read.
             stack: float32, where the offsets point to.
+            sums: float32 ``(chunks,)``, takes the squared length of each chunk in ``stack``.
             beta1, beta3: decay rates of the fast and the slow momentum.
             opens: whether chunks open, where no counts were given.
             share: of a gradient in the slow momentum.
@@ -373,10 +382,10 @@ class MomentumTable:
         """
         numbers = 1 - beta1, beta1, beta3, beta3 if opens else 1.0, share
         constants = *self._kinds, self._slow, self._counted, nesterov, maximize, CHUNK
-        args = self._chunks, self._rows, grads, stack, *map(float, numbers), *constants
-        kind = self.device, constants, aligned(grads, stack)
+        args = self._chunks, self._rows, grads, stack, sums, *map(float, numbers), *constants
+        kind = self.device, constants, aligned(grads, stack, sums)
         with on(self.device):
-            _launch_momenta(kind, (self._n_chunks, 1, 1), args)
+            _launch_momenta(kind, (self.chunks, 1, 1), args)
 
 
 class MoveTable:

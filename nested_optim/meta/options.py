@@ -125,8 +125,8 @@ def check_plain_only(options: Mapping[str, Any], where: str) -> None:
     """Raise for what a learned update cannot do."""
     if is_plain(options):
         return
-    if options["fused"]:
-        _check_fused(options, where)
+    if options["fused"] and (reason := _why_no_kernels(options)):
+        raise RuntimeError(f"{where}`fused` {reason}")
     for key, why in _PLAIN_ONLY.items():
         if options[key]:
             raise RuntimeError(
@@ -148,21 +148,29 @@ def check_same_pass(group: Mapping[str, Any], first: Mapping[str, Any], where: s
         )
 
 
-def _check_fused(options: Mapping[str, Any], where: str) -> None:
-    """Raise for learned updates that have no kernels."""
+def wants_kernels(group: Mapping[str, Any]) -> bool:
+    """Whether a learned step goes by the kernels wherever they can do it."""
+    if group["fused"] is not None:
+        return bool(group["fused"])
+    return group["foreach"] is None and _why_no_kernels(group) is None
+
+
+def _why_no_kernels(options: Mapping[str, Any]) -> str | None:
+    """Why learned updates with these options have no kernels, if so."""
     if options["mode"] == "explicit":
-        raise RuntimeError(
-            f"{where}`fused` needs mode='simple': in explicit mode the networks look at gradients "
-            "before one pass over memory could use them"
+        return (
+            "needs mode='simple': in explicit mode the networks look at gradients before one pass "
+            "over memory could use them"
         )
     if len(options["cms_frequencies"]) > MAX_FUSED_MOMENTA and options["learn_mixing"]:
-        raise RuntimeError(
-            f"{where}`fused` has kernels for {MAX_FUSED_MOMENTA} momenta at most, but "
-            f"cms_frequencies has {len(options['cms_frequencies'])} entries"
+        return (
+            f"has kernels for {MAX_FUSED_MOMENTA} momenta at most, but cms_frequencies has "
+            f"{len(options['cms_frequencies'])} entries"
         )
     for key in ("momentum_hidden_dim", "controller_hidden_dim"):
         if options[key] > MAX_FUSED_HIDDEN:
-            raise RuntimeError(f"{where}`fused` needs {key} <= {MAX_FUSED_HIDDEN}")
+            return f"needs {key} <= {MAX_FUSED_HIDDEN}"
+    return None
 
 
 def subject(

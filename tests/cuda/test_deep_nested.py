@@ -29,7 +29,7 @@ def build(params, fused=True, **options):
     options = {"lr": 0.01, "meta_lr": 0.01, "meta_update_freq": 4, **options}
     late = options.pop("late", {})
     groups = [{"params": params[:3], "name": "early"}, {"params": params[3:], **late}]
-    return DeepNestedOptimizer(groups, fused=fused or None, **options)
+    return DeepNestedOptimizer(groups, fused=fused, **options)
 
 
 def give_gradients(params, seed):
