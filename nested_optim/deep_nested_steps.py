@@ -175,7 +175,12 @@ def _multi_tensor_of_a_kind(
     beta1, beta2 = group["betas"]
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, slow, last_grads = lists
     count = len(params)
-    is_complex = params[0].is_complex()
+    if params[0].is_complex():  # before all else, as torch's: complex products round differently
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads = (
+            list(map(torch.view_as_real, column))
+            for column in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, last_grads)
+        )
+        slow = [list(map(torch.view_as_real, momenta)) for momenta in slow]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
@@ -195,12 +200,6 @@ def _multi_tensor_of_a_kind(
                 grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
     if last_grads:
         torch._foreach_copy_(last_grads, grads)
-    if is_complex:
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = (
-            list(map(torch.view_as_real, column))
-            for column in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        )
-        slow = [list(map(torch.view_as_real, momenta)) for momenta in slow]
 
     if inputs.damping is not None:
         _scale(exp_avgs, 1 - inputs.damping)
