@@ -28,6 +28,7 @@ from nested_optim.orthogonalize import BACKENDS, orthogonalize
 from .kernels import machine
 from .kernels.shapes import MODELS
 from .output import write_json
+from .where import where
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: Steps of one sample: a whole chunk of M3's slow momentum.
@@ -211,6 +212,7 @@ def measure_steps(
             / elements,
             "step_bytes": _peak(optimizer, device),
             "samples": len(samples),
+            "where_ms": where(optimizer.step, device, CHUNK),
         }
     return found
 

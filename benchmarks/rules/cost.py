@@ -31,6 +31,8 @@ from nested_optim import (
     kernels,
 )
 
+from ..where import where
+
 #: Iterations between two events.
 ITERATIONS = 5
 #: Steps between two events where one of them is a meta update.
@@ -261,6 +263,8 @@ def _learned(sizes: Preset, device: str, seconds: float, period: int) -> dict[st
             "steps": steps[name],
             "state_bytes_per_parameter": sum(t.nbytes for t in held) / count,
         }
+        if "foreach" not in name:  # whose operations are too many to list
+            rows[name]["where_ms"] = where(optimizer.step, torch.device(device), min(period, 10))
         works[name] = lambda o=optimizer, n=steps[name]: clock(lambda: _repeat(o.step, n)) / n  # type: ignore[misc]
     times = _in_turn(works, seconds)
     reference = statistics.median(times["NestedOptimizer"])
