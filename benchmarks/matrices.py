@@ -212,7 +212,7 @@ def measure_steps(
             / elements,
             "step_bytes": _peak(optimizer, device),
             "samples": len(samples),
-            "where_ms": where(optimizer.step, device, CHUNK),
+            "where_ms": where(works[name], device, CHUNK),
         }
     return found
 

@@ -10,21 +10,19 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def where(
-    step: Callable[[], Any], device: torch.device, steps: int, most: int = 12
+    work: Callable[[], Any], device: torch.device, steps: int, most: int = 12
 ) -> dict[str, float]:
     """Milliseconds of a step by the name of what took them, the ``most`` largest first.
 
     Args:
-        step: what is run ``steps`` times; the first runs are behind it.
+        work: ``steps`` steps, with the first ones of all behind them.
         device: where it runs.
         steps: times are means over them.
         most: how many names; all others are added up as ``"others"``.
     """
     cuda = device.type == "cuda"
-    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiled:
-        for _ in range(steps):
-            step()
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
+        work()
         if cuda:
             torch.cuda.synchronize(device)
     times: dict[str, float] = {}

@@ -16,29 +16,25 @@ def test_the_dearest_operation_comes_first_and_the_rest_is_added_up():
         small.exp()
         small.sin()
 
-    found = where(step, CPU, 5, most=1)
+    found = where(step, CPU, 1, most=1)
     assert list(found) == ["aten::mm", "others"]
     assert found["aten::mm"] > 0 and found["others"] > 0
-    everything = where(step, CPU, 5)
+    everything = where(step, CPU, 1)
     assert {"aten::mm", "aten::exp", "aten::sin"} <= set(everything) and "others" not in everything
 
 
 def test_times_are_means_over_the_steps():
-    calls = []
+    a = torch.randn(300, 300)
 
-    def step():
-        calls.append(None)
-        if len(calls) == 1:
-            torch.randn(400, 400) @ torch.randn(400, 400)
+    def work():
+        for _ in range(20):
+            a @ a
 
-    once = where(step, CPU, 1)["aten::mm"]
-    calls.clear()
-    assert where(step, CPU, 20)["aten::mm"] < once / 2
-    assert len(calls) == 20
+    assert where(work, CPU, 20)["aten::mm"] < where(work, CPU, 1)["aten::mm"] / 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_kernels_are_named():
     a = torch.randn(300, 300, device="cuda")
-    found = where(lambda: a @ a, torch.device("cuda"), 5)
+    found = where(lambda: a @ a, torch.device("cuda"), 1)
     assert found and not any(name.startswith("aten::") for name in found)

@@ -135,7 +135,7 @@ def measure(preset: str, device: str, seconds: float, period: int = PERIOD) -> d
 def _training(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
     """A whole training step with DGD and without, and its parts."""
     tokens = torch.randint(sizes.vocabulary, (sizes.batch, sizes.length + 1), device=device)
-    clock = Clock(device)
+    clock, on = Clock(device), torch.device(device)
     members: dict[str, tuple[Model, Optimizer]] = {}
     for name, build in _TRAINING.items():
         torch.manual_seed(0)
@@ -173,6 +173,7 @@ def _training(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
             "extra_share": (whole - statistics.median(t.whole for t in base)) / passes,
             "passes_ms": 1e3 * statistics.median(t.passes for t in of_method),
             "step_ms": 1e3 * statistics.median(t.step for t in of_method),
+            "where_ms": where(lambda m=members[name]: iterations(*m), on, ITERATIONS),  # type: ignore[misc]
         }
     return rows
 
@@ -216,6 +217,7 @@ def _steps(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
         name: {
             "step_ms": 1e3 * statistics.median(values),
             "ratio": statistics.median(values) / reference,
+            "where_ms": where(members[name].step, torch.device(device), 1),
         }
         for name, values in times.items()
     }
@@ -264,7 +266,12 @@ def _learned(sizes: Preset, device: str, seconds: float, period: int) -> dict[st
             "state_bytes_per_parameter": sum(t.nbytes for t in held) / count,
         }
         if "foreach" not in name:  # whose operations are too many to list
-            rows[name]["where_ms"] = where(optimizer.step, torch.device(device), min(period, 10))
+            few = min(period, 10)
+            rows[name]["where_ms"] = where(
+                lambda o=optimizer, n=few: _repeat(o.step, n),  # type: ignore[misc]
+                torch.device(device),
+                few,
+            )
         works[name] = lambda o=optimizer, n=steps[name]: clock(lambda: _repeat(o.step, n)) / n  # type: ignore[misc]
     times = _in_turn(works, seconds)
     reference = statistics.median(times["NestedOptimizer"])
