@@ -321,3 +321,28 @@ def test_kernels_that_are_not_there_are_refused_and_groups_that_part_from_the_ot
     with pytest.raises(RuntimeError, match="learned updates have no kernels on cpu"):
         advance(optimizer, params, 1)
     assert_same_tensors(params, before)
+
+
+@pytest.mark.parametrize(
+    "options, by_kernels",
+    [
+        ({"fused": None}, True),
+        ({"fused": True}, True),
+        ({"fused": False}, False),
+        ({"fused": None, "foreach": True}, False),
+        ({"fused": None, "foreach": False}, False),
+        ({"fused": None, "cms_frequencies": (1, 2, 3, 4)}, False),
+        ({"fused": None, "momentum_hidden_dim": 256}, False),
+    ],
+    ids=str,
+)
+def test_learned_steps_go_by_the_kernels_unless_they_cannot_or_another_path_is_asked_for(
+    options, by_kernels, launches
+):
+    params = make_params(*SHAPES)
+    optimizer = build(params, **options)
+    for seed in range(2):
+        advance(optimizer, params, seed)
+    assert bool(launches) == by_kernels
+    # Counted on the host, so that a step asks the device for nothing.
+    assert all(state["step"].is_cpu for state in optimizer.state.values())

@@ -349,3 +349,47 @@ def test_a_captured_step_needs_the_tables_of_an_earlier_one(monkeypatch):
 def test_options_that_only_the_device_knows_are_read_there(options, monkeypatch):
     monkeypatch.setattr(m3_fused, "_number", lambda value: torch.as_tensor(value).reshape(()))
     check(make_params((40, 33), (6, 5)), **options)
+
+
+@pytest.mark.parametrize(
+    "options, by_kernels",
+    [
+        ({}, True),
+        ({"fused": True}, True),
+        ({"fused": False}, False),
+        ({"foreach": True}, False),
+        ({"foreach": False}, False),
+        ({"mode": "paper"}, False),
+    ],
+    ids=str,
+)
+def test_matrices_go_by_the_kernels_unless_another_path_is_asked_for(options, by_kernels):
+    params = make_params(*SHAPES)
+    optimizer = M3(params, **options)
+    for seed in range(2):
+        set_grads(params, random_grads(params, seed))
+        optimizer.step()
+    assert (optimizer._matrices is not None) == by_kernels
+    if by_kernels:
+        assert left_to_torch(optimizer) == [0]
+
+
+def test_norms_of_what_is_orthogonalised_are_those_of_the_matrices(monkeypatch):
+    params = make_params(*SHAPES)
+    optimizer = M3(params, lr=0.05, slow_frequency=2)
+    found = []
+    batches = m3_fused.orthogonal_batches
+
+    def checked(matrices, *args, norms, **options):
+        for matrix, norm in zip(matrices, norms, strict=True):
+            if norm is not None:  # of the slow momenta they are not known
+                exact = torch.linalg.vector_norm(matrix.double(), dim=(1, 2), keepdim=True)
+                torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+            found.append(norm is None)
+        return batches(matrices, *args, norms=norms, **options)
+
+    monkeypatch.setattr(m3_fused, "orthogonal_batches", checked)
+    for seed in range(4):
+        set_grads(params, random_grads(params, seed))
+        optimizer.step()
+    assert any(found) and not all(found)
