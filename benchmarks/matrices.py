@@ -38,8 +38,8 @@ _EMBEDDINGS = ("wte", "embed_tokens")
 #: M3's options, by the name of a contestant.
 _OURS: dict[str, dict[str, Any]] = {
     "M3, alpha 0": {"alpha": 0.0},
-    "M3": {"slow_frequency": CHUNK},
-    "M3, second_moment row": {"slow_frequency": CHUNK, "second_moment": "row"},
+    "M3, alpha .25": {"alpha": 0.25, "slow_frequency": CHUNK},
+    "M3, alpha .25, row": {"alpha": 0.25, "slow_frequency": CHUNK, "second_moment": "row"},
 }
 
 

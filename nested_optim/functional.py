@@ -414,7 +414,7 @@ def delta_momentum(
 def m3(
     lr: Rate | Any = 1e-3,
     betas: Sequence[float] = (0.95, 0.95, 0.9),
-    alpha: float = 0.25,
+    alpha: float = 0.0,
     slow_frequency: int = 10,
     ns_steps: int = 5,
     ns_coefficients: str | Sequence[Any] = "quintic",

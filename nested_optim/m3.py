@@ -42,6 +42,8 @@ _SCHEDULED = ("lr", "weight_decay")
 
 _M3_BETAS = (0.95, 0.95, 0.9)
 _ADAMW_BETAS = (0.9, 0.999)
+#: Of each mode. In "ema" the slow momentum earned nothing (docs/benchmarks.md, training compare).
+_ALPHAS = {"ema": 0.0, "paper": 0.25}
 #: Options of the default mode that Algorithm 1 has no place for, with what they are in paper mode.
 _PAPER = {"second_moment": "element", "adjust_lr": None, "nesterov": False}
 
@@ -52,7 +54,7 @@ class M3(NestedOptimizer):
         params: ParamsT | None = None,
         lr: float | Tensor = 1e-3,
         betas: Sequence[float] | None = None,
-        alpha: float = 0.25,
+        alpha: float | None = None,
         slow_frequency: int = 10,
         ns_steps: int = 5,
         ns_coefficients: str | Sequence[Any] = "quintic",
@@ -92,7 +94,7 @@ class M3(NestedOptimizer):
         defaults = {
             "lr": lr,
             "betas": betas if betas is not None else _default_betas(algorithm, mode),
-            "alpha": alpha,
+            "alpha": alpha if alpha is not None else _ALPHAS.get(mode, 0.0),
             "slow_frequency": slow_frequency,
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
@@ -144,8 +146,9 @@ class M3(NestedOptimizer):
         canonical = super()._check_options({**options, "betas": (0.0, 0.0)}, where)
         paper = _check_choice(options, "mode", MODES, where) == "paper"
         canonical["betas"] = _check_betas(options["betas"], paper, where)
-        if isinstance(options["alpha"], Tensor) or not 0.0 <= options["alpha"] < math.inf:
-            raise ValueError(f"{where}Invalid alpha value: {options['alpha']}")
+        alpha = options["alpha"]
+        if not isinstance(alpha, (int, float)) or not 0.0 <= alpha < math.inf:
+            raise ValueError(f"{where}Invalid alpha value: {alpha}")
         frequency = check_frequency(options["slow_frequency"], f"{where}slow_frequency: ")
         canonical["slow_frequency"] = frequency
         steps = options["ns_steps"]
@@ -227,6 +230,9 @@ class M3(NestedOptimizer):
                 paper = mode == "paper"
                 for key, value in (_PAPER if paper else {}).items():
                     param_group.setdefault(key, value)
+                own = self.defaults["mode"]
+                if self.defaults["alpha"] == _ALPHAS[own]:  # not chosen: each mode its default
+                    param_group.setdefault("alpha", _ALPHAS.get(mode, 0.0))
         super().add_param_group(param_group)
 
     def _check_other_groups(self, group: dict[str, Any], where: str) -> None:
@@ -488,7 +494,7 @@ def _check_matrix(group: dict[str, Any], param: Tensor, label: str) -> None:
 M3.__doc__ = rf"""Multi-scale momentum Muon for matrices and AdamW for the rest, on levels.
 
     A group with ``algorithm="m3"`` holds matrices, which move along an orthogonalised momentum, as
-    Muon's do, to which a second, slow momentum adds its own: it takes in a chunk of
+    Muon's do, to which with ``alpha`` a second, slow momentum adds its own: it takes in a chunk of
     ``slow_frequency`` updates at a time, and is orthogonalised where a chunk ends.
 
     .. math::
@@ -505,8 +511,8 @@ M3.__doc__ = rf"""Multi-scale momentum Muon for matrices and AdamW for the rest,
 
         optimizer = M3(matrix_groups(model), lr=1e-3)
 
-    With ``alpha=0`` matrices follow ``torch.optim.Muon``, bit for bit at the same ``ns_dtype`` and
-    options; its checkpoints load.
+    With ``alpha=0``, the default, matrices follow ``torch.optim.Muon``, bit for bit at the same
+    ``ns_dtype`` and options; its checkpoints load.
 
     This is Algorithm 1 of Nested Learning (arXiv 2512.24695, section 7.2) in a form to train with.
     ``mode="paper"`` is the algorithm to the letter, for study: its momenta are sums that never
@@ -523,8 +529,9 @@ M3.__doc__ = rf"""Multi-scale momentum Muon for matrices and AdamW for the rest,
         betas (tuple): decay rates of the fast momentum, the second moment and the slow momentum
             (default: {_M3_BETAS}). Groups with ``algorithm="adamw"`` have two (default:
             {_ADAMW_BETAS}). In paper mode they are write rates (default: (1.0, 1.0, 1.0)).
-        alpha (float): weight of the slow momentum; with 0 it is neither kept nor computed (default:
-            0.25).
+        alpha (float): weight of the slow momentum; with 0 it is neither kept nor computed. It is
+            off by default, as no measurement so far has it earn its cost; the paper gives no value,
+            and 0.25 is a start (default: {_ALPHAS["ema"]}; in paper mode {_ALPHAS["paper"]}).
         slow_frequency (int): updates of the parameter per chunk of the slow momentum (default: 10).
             What a chunk leaves serves from the update after it.
         ns_steps (int): Newton-Schulz steps (default: 5). 0 leaves momenta as they are, in paper

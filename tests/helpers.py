@@ -11,12 +11,19 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
+from nested_optim import M3
+
 
 def make_params(
     *shapes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [Parameter(torch.randn(tuple(s), generator=generator, dtype=dtype)) for s in shapes]
+
+
+def slow_m3(params: Any, **options: Any) -> M3:
+    """M3 with its slow momentum, which is off by default."""
+    return M3(params, **{"alpha": 0.25, **options})
 
 
 def clone_params(params: Sequence[Parameter]) -> list[Parameter]:

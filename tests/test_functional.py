@@ -412,16 +412,16 @@ def test_param_groups_become_trees_and_take_the_optimizer_s_steps():
     levels = depth_groups(model, (1, 3), lr=0.05)
     levels[0]["weight_decay"] = 0.5
     groups = matrix_groups(model, groups=levels, matrix={"lr_mult": 2})
-    trees = functional.option_trees(groups, weight_decay=0.1, slow_frequency=2)
+    trees = functional.option_trees(groups, weight_decay=0.1, alpha=0.25, slow_frequency=2)
     assert set(trees) == {
-        "lr", "weight_decay", "frequency", "algorithm", "form", "slow_frequency"
+        "lr", "weight_decay", "frequency", "algorithm", "form", "alpha", "slow_frequency"
     }  # fmt: skip
     assert trees["slow_frequency"] == 2 and set(trees["frequency"].values()) == {1, 3}
     assert trees["form"]["0.weight"] == MatrixForm(flatten=True)
     rule = functional.m3(**trees)
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = rule.init(params)
-    optimizer = M3(groups, weight_decay=0.1, slow_frequency=2, foreach=False)
+    optimizer = M3(groups, weight_decay=0.1, alpha=0.25, slow_frequency=2, foreach=False)
     for t in range(7):
         grads = make({k: p.shape for k, p in params.items()}, seed=t)
         params, state = rule.step(grads, state, params)

@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
-from nested_optim import M3, rules
+from nested_optim import rules
 
 from .helpers import (
     assert_same_tensors,
@@ -17,6 +17,7 @@ from .helpers import (
     make_params,
     random_grads,
     set_grads,
+    slow_m3,
     snapshot,
     step_with,
     train,
@@ -27,7 +28,7 @@ QUINTIC = rules.ns_schedule("quintic", 5)
 
 
 def trained(params, seeds, **options):
-    optimizer = M3(params, **options)
+    optimizer = slow_m3(params, **options)
     train(optimizer, params, seeds)
     return optimizer
 
@@ -56,7 +57,7 @@ def test_without_a_slow_momentum_it_is_torchs_muon_to_the_last_bit(
     start = [p.detach().clone() for p in params]
     lr = torch.tensor(0.02) if tensor_lr else 0.02
     common = {"lr": lr, "weight_decay": 0.1, "nesterov": nesterov, "eps": 1e-7}
-    ours = M3(
+    ours = slow_m3(
         params,
         alpha=0.0,
         betas=(0.9, 0.0, 0.0),
@@ -80,7 +81,7 @@ def test_without_a_slow_momentum_it_is_torchs_muon_to_the_last_bit(
 
 def test_the_slow_momentum_averages_chunks():
     params = make_params((6, 9), dtype=F64)
-    optimizer = M3(params, slow_frequency=4, betas=(0.9, 0.9, 0.7), alpha=0.5)
+    optimizer = slow_m3(params, slow_frequency=4, betas=(0.9, 0.9, 0.7), alpha=0.5)
     expected = torch.zeros(6, 9, dtype=F64)
     seen = []
     for seed in range(12):
@@ -98,8 +99,8 @@ def test_the_slow_momentum_averages_chunks():
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_fresh_slow_update_serves_from_the_next_update_on(foreach):
     params, twins = (make_params((6, 9), (6, 9)) for _ in range(2))
-    slow = M3(params, slow_frequency=3, alpha=0.5, foreach=foreach)
-    none = M3(twins, alpha=0.0, foreach=foreach)
+    slow = slow_m3(params, slow_frequency=3, alpha=0.5, foreach=foreach)
+    none = slow_m3(twins, alpha=0.0, foreach=foreach)
     for seed in range(4):
         grads = random_grads(params, seed)
         step_with(slow, params, grads)
@@ -114,7 +115,7 @@ def test_a_fresh_slow_update_serves_from_the_next_update_on(foreach):
 @pytest.mark.parametrize("foreach", [False, True])
 def test_the_update_has_the_size_of_muons_whatever_is_added_or_divided(foreach, second_moment):
     params = make_params((8, 20), (20, 8), dtype=F64)
-    optimizer = M3(
+    optimizer = slow_m3(
         params,
         lr=0.1,
         alpha=0.8,
@@ -160,7 +161,7 @@ OPTIONS = [{}, {"second_moment": "row"}, {"second_moment": "element", "nesterov"
 def test_the_scale_of_gradients_does_not_matter(foreach, options):
     def run(scale):
         params = make_params((16, 24), (24, 16), (12, 12))
-        optimizer = M3(params, slow_frequency=3, foreach=foreach, **options)
+        optimizer = slow_m3(params, slow_frequency=3, foreach=foreach, **options)
         for seed in range(8):
             step_with(optimizer, params, [scale * g for g in random_grads(params, seed)])
         return params
@@ -175,7 +176,7 @@ def test_the_scale_of_gradients_does_not_matter(foreach, options):
 def test_the_scale_of_gradients_does_not_matter_in_bfloat16_either():
     def run(scale):
         params = make_params((16, 24), (12, 12), dtype=BF16)
-        optimizer = M3(params, lr=0.01, slow_frequency=3, ns_dtype=BF16)
+        optimizer = slow_m3(params, lr=0.01, slow_frequency=3, ns_dtype=BF16)
         for seed in range(8):
             step_with(optimizer, params, [scale * g for g in random_grads(params, seed)])
         return params
@@ -215,7 +216,7 @@ def test_hard_gradients_are_survived(kind, foreach, second_moment, dtype):
     shape = HARD[kind]().shape
     p = Parameter(torch.randn(shape).to(dtype))
     start = p.detach().clone()
-    optimizer = M3(
+    optimizer = slow_m3(
         [p], lr=0.1, slow_frequency=2, second_moment=second_moment, foreach=foreach,
         weight_decay=0.0,
     )  # fmt: skip
@@ -235,7 +236,7 @@ def test_hard_gradients_are_survived(kind, foreach, second_moment, dtype):
 
 def test_a_zero_gradient_after_others_keeps_moving_along_the_momentum():
     params = make_params((6, 8))
-    optimizer = M3(params)
+    optimizer = slow_m3(params)
     train(optimizer, params, range(3))
     before = params[0].detach().clone()
     step_with(optimizer, params, [torch.zeros(6, 8)])
@@ -247,7 +248,7 @@ def test_it_fits_a_linear_map(options):
     torch.manual_seed(0)
     wanted, inputs = torch.randn(12, 20), torch.randn(64, 20)
     weight = Parameter(torch.zeros(12, 20))
-    optimizer = M3([weight], lr=0.3, weight_decay=0.0, **options)
+    optimizer = slow_m3([weight], lr=0.3, weight_decay=0.0, **options)
     schedule = LambdaLR(optimizer, lambda t: 1 - t / 150)
     losses = []
     for _ in range(150):
@@ -295,10 +296,10 @@ def test_it_fits_a_linear_map(options):
 )
 def test_an_option_that_is_wrong_is_refused_with_what_would_be_right(options, message):
     with pytest.raises(ValueError, match=message):
-        M3(make_params((4, 6)), **options)
+        slow_m3(make_params((4, 6)), **options)
     with pytest.raises(ValueError, match=f"param group 1.*{message}"):
         first, second = make_params((2, 2), (4, 6))
-        M3([{"params": [first]}, {"params": [second], **options}])
+        slow_m3([{"params": [first]}, {"params": [second], **options}])
 
 
 @pytest.mark.parametrize(
@@ -312,8 +313,8 @@ def test_an_option_that_is_wrong_is_refused_with_what_would_be_right(options, me
 def test_what_is_no_matrix_is_refused_by_name_before_anything_has_changed(shape, message):
     [p] = make_params(shape)
     with pytest.raises(ValueError, match=f"param group 0.*parameter 'layer.x' of shape.*{message}"):
-        M3([("layer.x", p)])
-    optimizer = M3(make_params((2, 2)))
+        slow_m3([("layer.x", p)])
+    optimizer = slow_m3(make_params((2, 2)))
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [p]})
@@ -322,7 +323,7 @@ def test_what_is_no_matrix_is_refused_by_name_before_anything_has_changed(shape,
 
 def test_complex_matrices_are_refused():
     with pytest.raises(ValueError, match="is complex, which M3 does not support"):
-        M3(make_params((3, 4), dtype=torch.complex64))
+        slow_m3(make_params((3, 4), dtype=torch.complex64))
 
 
 def test_options_edited_to_what_a_step_cannot_do_are_refused_before_it():
@@ -374,7 +375,7 @@ def test_edits_are_checked_however_often_the_options_were_right_before():
 
 def test_kernels_that_are_asked_for_where_there_are_none_are_refused_at_the_first_step():
     params = make_params((4, 6))
-    optimizer = M3([("layer.weight", params[0])], fused=True)
+    optimizer = slow_m3([("layer.weight", params[0])], fused=True)
     set_grads(params, random_grads(params, 0))
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=r"needs Triton and a CUDA device.*'layer.weight'.*cpu"):
@@ -385,7 +386,7 @@ def test_kernels_that_are_asked_for_where_there_are_none_are_refused_at_the_firs
 def test_p_squared_in_a_matrix_descends_as_sgd_would():
     """The sign is right: from the same point both go down."""
     p, q = Parameter(torch.full((2, 3), 4.0)), Parameter(torch.full((2, 3), 4.0))
-    for optimizer, x in ((M3([p], lr=0.5), p), (SGD([q], lr=0.1), q)):
+    for optimizer, x in ((slow_m3([p], lr=0.5), p), (SGD([q], lr=0.1), q)):
         for _ in range(10):
             x.grad = 2 * x.detach()
             optimizer.step()

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from nested_optim import M3
-
-from .helpers import clone_params, make_params, random_grads, set_grads
+from .helpers import clone_params, make_params, random_grads, set_grads, slow_m3
 from .interpreter import interpreted
 
 pytest.importorskip("triton")
@@ -27,7 +25,7 @@ def test_vectors_step_on_the_kernels_beside_matrices_with_three_betas(matrices_f
             {"params": [ps[0]], "slow_frequency": 2},
             {"params": [ps[1]], "algorithm": "adamw", "lr": 0.03, "frequency": 2, "fused": fused},
         ]
-        optimizers.append(M3(groups if matrices_first else groups[::-1], lr=0.1))
+        optimizers.append(slow_m3(groups if matrices_first else groups[::-1], lr=0.1))
     for seed in range(5):
         for ps, optimizer in zip((params, twins), optimizers):
             set_grads(ps, random_grads(ps, seed))
@@ -38,7 +36,7 @@ def test_vectors_step_on_the_kernels_beside_matrices_with_three_betas(matrices_f
 
 def test_a_model_of_matrices_alone_has_nothing_for_the_kernels():
     params = make_params((6, 4))
-    optimizer = M3(params, lr=0.1)
+    optimizer = slow_m3(params, lr=0.1)
     set_grads(params, random_grads(params, 0))
     optimizer.step()
     assert optimizer.state[params[0]]["step"] == 1

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import M3, m3_fused
+from nested_optim import m3_fused
 
-from .helpers import clone_params, make_params, random_grads, set_grads, snapshot
+from .helpers import clone_params, make_params, random_grads, set_grads, slow_m3, snapshot
 from .interpreter import interpreted
 
 triton = pytest.importorskip("triton")
@@ -35,8 +35,8 @@ def pair(params, group=None, **options):
     """An optimizer on the kernels, and its twin, which applies the rule one by one."""
     options = {"lr": 0.05, "slow_frequency": 2, "ns_dtype": "float32", **options}
     twins = clone_params(params)
-    fused = M3([{"params": params, **(group or {})}], fused=True, **options)
-    loop = M3([{"params": twins, **(group or {})}], foreach=False, **options)
+    fused = slow_m3([{"params": params, **(group or {})}], fused=True, **options)
+    loop = slow_m3([{"params": twins, **(group or {})}], foreach=False, **options)
     return fused, loop, twins
 
 
@@ -293,7 +293,7 @@ def test_one_launch_goes_before_however_many_matrices_there_are(kernel, monkeypa
     monkeypatch.setattr(kernel.MoveTable, "_run", counted_too)
     for alpha, launches in ((0.0, 1), (0.25, 2)):
         params = make_params(*[(6, 5), (8, 4)] * 10)
-        optimizer = M3(params, fused=True, alpha=alpha)
+        optimizer = slow_m3(params, fused=True, alpha=alpha)
         for seed in range(2):
             before.clear()
             after.clear()
@@ -303,7 +303,7 @@ def test_one_launch_goes_before_however_many_matrices_there_are(kernel, monkeypa
 
 
 def test_a_scaler_is_not_told_that_matrices_skip_on_the_device():
-    optimizer = M3(make_params((6, 5)), fused=True)
+    optimizer = slow_m3(make_params((6, 5)), fused=True)
     assert not optimizer._step_supports_amp_scaling
 
 
@@ -314,8 +314,8 @@ def test_vectors_and_matrices_are_both_served_by_their_kernels():
     def groups(its):
         return [{"params": its[:1]}, {"params": its[1:], "algorithm": "adamw"}]
 
-    fused = M3(groups(params), lr=0.05, slow_frequency=2, fused=True)
-    loop = M3(groups(twins), lr=0.05, slow_frequency=2, foreach=False)
+    fused = slow_m3(groups(params), lr=0.05, slow_frequency=2, fused=True)
+    loop = slow_m3(groups(twins), lr=0.05, slow_frequency=2, foreach=False)
     for seed in range(5):
         grads = random_grads(params, seed)
         set_grads(params, grads)
@@ -329,7 +329,7 @@ def test_vectors_and_matrices_are_both_served_by_their_kernels():
 def test_a_captured_step_needs_the_tables_of_an_earlier_one(monkeypatch):
     monkeypatch.setattr(m3_fused, "capturing", lambda: True)
     params = make_params((6, 5))
-    optimizer = M3(params, fused=True, capturable=True)
+    optimizer = slow_m3(params, fused=True, capturable=True)
     set_grads(params, random_grads(params, 0))
     before = params[0].detach().clone()
     with pytest.raises(RuntimeError, match="needs the tables of an earlier step"):
@@ -365,7 +365,7 @@ def test_options_that_only_the_device_knows_are_read_there(options, monkeypatch)
 )
 def test_matrices_go_by_the_kernels_unless_another_path_is_asked_for(options, by_kernels):
     params = make_params(*SHAPES)
-    optimizer = M3(params, **options)
+    optimizer = slow_m3(params, **options)
     for seed in range(2):
         set_grads(params, random_grads(params, seed))
         optimizer.step()
@@ -376,7 +376,7 @@ def test_matrices_go_by_the_kernels_unless_another_path_is_asked_for(options, by
 
 def test_norms_of_what_is_orthogonalised_are_those_of_the_matrices(monkeypatch):
     params = make_params(*SHAPES)
-    optimizer = M3(params, lr=0.05, slow_frequency=2)
+    optimizer = slow_m3(params, lr=0.05, slow_frequency=2)
     found = []
     batches = m3_fused.orthogonal_batches
 

@@ -5,7 +5,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from nested_optim import M3, depth_groups, describe, matrix_groups
+from nested_optim import depth_groups, describe, matrix_groups
+
+from .helpers import slow_m3
 
 SIZES = {
     "hidden_size": 16,
@@ -62,7 +64,9 @@ def test_a_model_trains(name, second_moment):
     torch.manual_seed(0)
     build, batch = MODELS[name]
     model = build().train()
-    optimizer = M3(matrix_groups(model), lr=3e-3, slow_frequency=3, second_moment=second_moment)
+    optimizer = slow_m3(
+        matrix_groups(model), lr=3e-3, slow_frequency=3, second_moment=second_moment
+    )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     torch.manual_seed(0)
     losses = []
@@ -89,7 +93,7 @@ def test_levels_by_depth_and_matrices_by_type_in_one_optimizer():
     groups = matrix_groups(
         model, groups=depth_groups(model, (1, 4), lr=1e-3), matrix={"lr_mult": 2}
     )
-    optimizer = M3(groups)
+    optimizer = slow_m3(groups)
     for _ in range(8):
         model(**tokens()).loss.backward()
         optimizer.step()
@@ -106,7 +110,7 @@ def test_a_transposed_convolution_is_read_by_its_columns():
     model = nn.ModuleDict({"up": nn.ConvTranspose2d(4, 6, 3), "head": nn.Linear(6, 2)})
     [group] = [g for g in matrix_groups(model) if g["algorithm"] == "m3"]
     assert (group["flatten"], group["out_dim"]) == (True, 1)
-    optimizer = M3([group], second_moment="row", adjust_lr="spectral")
+    optimizer = slow_m3([group], second_moment="row", adjust_lr="spectral")
     weight = model["up"].weight
     weight.grad = torch.randn_like(weight)
     optimizer.step()

@@ -120,7 +120,7 @@ def test_the_papers_slow_term_is_a_stale_copy_of_the_fast_one():
 def test_paper_mode_has_its_own_defaults_and_refuses_what_it_has_no_place_for():
     [p] = make_params((3, 4))
     group = M3([p], mode="paper").param_groups[0]
-    assert group["betas"] == (1.0, 1.0, 1.0)
+    assert group["betas"] == (1.0, 1.0, 1.0) and group["alpha"] == 0.25
     assert (group["second_moment"], group["adjust_lr"], group["nesterov"]) == (
         "element",
         None,
@@ -133,3 +133,23 @@ def test_paper_mode_has_its_own_defaults_and_refuses_what_it_has_no_place_for():
         M3([p], mode="paper", foreach=True)
     mixed = M3([{"params": [p], "mode": "paper"}, {"params": make_params((2, 2))}])
     assert [g["betas"] for g in mixed.param_groups] == [(1.0, 1.0, 1.0), (0.95, 0.95, 0.9)]
+
+
+def test_the_slow_momentum_is_off_by_default_but_in_paper_mode():
+    def alphas(options, *groups):
+        params = make_params(*[(2, 3)] * len(groups))
+        made = M3([{"params": [p], **group} for p, group in zip(params, groups)], **options)
+        return [group["alpha"] for group in made.param_groups]
+
+    paper, ema, adamw = {"mode": "paper"}, {"mode": "ema"}, {"algorithm": "adamw"}
+    assert alphas({}, {}, paper, adamw, {"alpha": 0.5}) == [0.0, 0.25, 0.0, 0.5]
+    chosen = {"second_moment": None, "nesterov": True}
+    assert alphas({"mode": "paper"}, {}, {**ema, **chosen}, {**paper, "alpha": 0}) == [0.25, 0.0, 0]
+    assert alphas({"alpha": 0.5}, {}, paper) == [0.5, 0.5]  # chosen for all
+    [p] = make_params((2, 3))
+    optimizer = M3([p])
+    optimizer.param_groups[0]["alpha"] = None
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="Invalid alpha value: None"):
+        optimizer.step()
+    assert not optimizer.state

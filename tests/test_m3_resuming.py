@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import OneCycleLR
 
-from nested_optim import M3, NestedOptimizer, rules
+from nested_optim import NestedOptimizer, rules
 
 from .helpers import (
     assert_same_state,
@@ -20,6 +20,7 @@ from .helpers import (
     make_params,
     random_grads,
     set_grads,
+    slow_m3,
     snapshot,
     step_with,
     train,
@@ -30,7 +31,7 @@ QUINTIC = rules.ns_schedule("quintic", 5)
 
 
 def trained(params, seeds, **options):
-    optimizer = M3(params, **options)
+    optimizer = slow_m3(params, **options)
     train(optimizer, params, seeds)
     return optimizer
 
@@ -40,7 +41,7 @@ def trained(params, seeds, **options):
 
 def test_chunks_count_the_groups_own_updates():
     params = make_params((6, 9), dtype=F64)
-    optimizer = M3(params, frequency=3, slow_frequency=2, betas=(0.9, 0.9, 0.0))
+    optimizer = slow_m3(params, frequency=3, slow_frequency=2, betas=(0.9, 0.9, 0.0))
     grads = [random_grads(params, seed)[0] for seed in range(6)]
     for t, grad in enumerate(grads, start=1):
         step_with(optimizer, params, [grad])
@@ -54,7 +55,7 @@ def test_chunks_count_the_groups_own_updates():
 
 def test_a_parameter_without_a_gradient_keeps_its_chunk():
     first, second = make_params((4, 5), (4, 5))
-    optimizer = M3([first, second], slow_frequency=4)
+    optimizer = slow_m3([first, second], slow_frequency=4)
     for seed in range(6):
         grads = random_grads([first, second], seed)
         step_with(optimizer, [first, second], [grads[0], grads[1] if seed % 2 else None])
@@ -70,7 +71,7 @@ def test_resuming_within_a_window_and_a_chunk_is_never_having_stopped(done, seco
         matrices = {"params": params[:2], "frequency": 2, "slow_frequency": 3}
         matrices |= {"second_moment": second_moment, "alpha": 0.5}
         rest = {"params": params[2:], "algorithm": "adamw", "frequency": 3}
-        return M3([matrices, rest], foreach=foreach)
+        return slow_m3([matrices, rest], foreach=foreach)
 
     params = make_params((6, 9), (9, 6), (5,), (3, 4))
     optimizer = build(params)
@@ -104,7 +105,7 @@ def test_a_slow_momentum_may_begin_and_end_in_mid_run():
 
 def test_a_step_that_only_makes_state_leaves_chunks_as_they_are():
     [p] = make_params((4, 6))
-    optimizer = M3([p], lr=0.0, slow_frequency=3)
+    optimizer = slow_m3([p], lr=0.0, slow_frequency=3)
     start = p.detach().clone()
     step_with(optimizer, [p], [torch.zeros(4, 6)])
     state = optimizer.state[p]
@@ -120,10 +121,10 @@ def test_counting_on_the_device_is_counting_on_the_host():
     params = make_params((6, 9), (6, 9), (9, 4))
     twins = clone_params(params)
     options = {"slow_frequency": 3, "alpha": 0.5, "frequency": 2, "second_moment": "row"}
-    on_host = M3(params, **options)
-    on_device = M3(twins, capturable=True, foreach=True, **options)
+    on_host = slow_m3(params, **options)
+    on_device = slow_m3(twins, capturable=True, foreach=True, **options)
     loop_params = clone_params(params)
-    loop = M3(loop_params, capturable=True, foreach=False, **options)
+    loop = slow_m3(loop_params, capturable=True, foreach=False, **options)
     for seed in range(20):
         for optimizer, its in ((on_host, params), (on_device, twins), (loop, loop_params)):
             train(optimizer, its, [seed])
@@ -139,7 +140,7 @@ def test_a_compiled_training_step_does_what_the_plain_one_does():
     model = nn.Linear(6, 4, bias=False)
     twin = copy.deepcopy(model)
     inputs = torch.randn(8, 6)
-    optimizers = [M3(m.parameters(), slow_frequency=3, frequency=2) for m in (model, twin)]
+    optimizers = [slow_m3(m.parameters(), slow_frequency=3, frequency=2) for m in (model, twin)]
 
     def training_step(m, optimizer):
         m(inputs).square().mean().backward()
@@ -161,7 +162,7 @@ def test_groups_of_adamw_are_nested_optimizers():
     matrices, rest = make_params((6, 9), seed=1), make_params((5,), (3, 4), (), seed=2)
     alone, muon_alone = clone_params(rest), clone_params(matrices)
     options = {"lr": 0.01, "weight_decay": 0.1}
-    joint = M3(
+    joint = slow_m3(
         [
             {"params": matrices},
             {"params": rest, "algorithm": "adamw", "frequency": 2, "betas": (0.8, 0.9)},
@@ -169,7 +170,7 @@ def test_groups_of_adamw_are_nested_optimizers():
         **options,
     )
     nested = NestedOptimizer(alone, frequency=2, betas=(0.8, 0.9), **options)
-    single = M3(muon_alone, **options)
+    single = slow_m3(muon_alone, **options)
     for seed in range(7):
         train(joint, [*matrices, *rest], [seed])
         grads = random_grads([*matrices, *rest], seed)
@@ -184,15 +185,15 @@ def test_groups_of_adamw_are_nested_optimizers():
 def test_betas_are_a_pair_for_adamw_and_three_for_m3():
     params = make_params((3, 4), (5,))
     groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}]
-    optimizer = M3(groups)
+    optimizer = slow_m3(groups)
     assert [g["betas"] for g in optimizer.param_groups] == [(0.95, 0.95, 0.9), (0.9, 0.999)]
     assert "betas" not in groups[1]
-    adamw = M3(params, algorithm="adamw")
+    adamw = slow_m3(params, algorithm="adamw")
     assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
     with pytest.raises(ValueError, match="M3 takes three"):
-        M3(params[:1], betas=(0.9, 0.99))
+        slow_m3(params[:1], betas=(0.9, 0.99))
     with pytest.raises(ValueError, match=r"Invalid betas.*Give two"):
-        M3([{**groups[1], "betas": (0.9, 0.9, 0.9)}])
+        slow_m3([{**groups[1], "betas": (0.9, 0.9, 0.9)}])
     optimizer.param_groups[1]["betas"] = (0.9, 0.9, 0.9)
     set_grads(params, random_grads(params, 0))
     before = snapshot(optimizer)
@@ -204,7 +205,7 @@ def test_betas_are_a_pair_for_adamw_and_three_for_m3():
 def test_one_schedule_moves_both_kinds_of_groups():
     params = make_params((3, 4), (5,))
     groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw", "lr": 0.1}]
-    optimizer = M3(groups, lr=0.2)
+    optimizer = slow_m3(groups, lr=0.2)
     schedule = OneCycleLR(optimizer, max_lr=[0.2, 0.1], total_steps=10)
     for seed in range(9):
         train(optimizer, params, [seed])
@@ -220,7 +221,7 @@ def test_one_schedule_moves_both_kinds_of_groups():
 def test_kahan_summation_keeps_small_updates_of_bfloat16_matrices():
     def distance(kahan_sum):
         p = Parameter(torch.full((8, 8), 1.0, dtype=BF16))
-        optimizer = M3([p], lr=1e-4, weight_decay=0.0, kahan_sum=kahan_sum)
+        optimizer = slow_m3([p], lr=1e-4, weight_decay=0.0, kahan_sum=kahan_sum)
         torch.manual_seed(0)
         grad = torch.randn(8, 8).to(BF16)
         for _ in range(400):
@@ -231,7 +232,7 @@ def test_kahan_summation_keeps_small_updates_of_bfloat16_matrices():
 
     assert distance(False) == 0.0
     exact = Parameter(torch.full((8, 8), 1.0))
-    optimizer = M3([exact], lr=1e-4, weight_decay=0.0)
+    optimizer = slow_m3([exact], lr=1e-4, weight_decay=0.0)
     torch.manual_seed(0)
     grad = torch.randn(8, 8).to(BF16).float()
     for _ in range(400):
@@ -247,12 +248,12 @@ def test_state_dtype_keeps_the_momentum_of_bfloat16_matrices_in_float32():
     assert state["momentum_buffer"].dtype == F32
     assert state["slow_momentum_buffer"].dtype == F32
     twins = clone_params(params)
-    resumed = M3(twins, state_dtype=F32, slow_frequency=2)
+    resumed = slow_m3(twins, state_dtype=F32, slow_frequency=2)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_same_state(optimizer, resumed)
     # Rounded once: equal to a float32 run of the same values.
     wide = [Parameter(p.detach().float()) for p in params]
-    reference = M3(wide, slow_frequency=2)
+    reference = slow_m3(wide, slow_frequency=2)
     reference.load_state_dict(
         {
             **copy.deepcopy(optimizer.state_dict()),
@@ -270,7 +271,7 @@ def test_the_slow_update_is_kept_as_it_comes_out_of_newton_schulz(name, dtype):
     params = make_params((6, 9))
     optimizer = trained(params, range(2), ns_dtype=name, slow_frequency=2)
     assert optimizer.state[params[0]]["slow_update"].dtype == dtype
-    fresh = M3(clone_params(params), ns_dtype=name, slow_frequency=2)
+    fresh = slow_m3(clone_params(params), ns_dtype=name, slow_frequency=2)
     fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_same_state(optimizer, fresh)
 
@@ -283,7 +284,7 @@ def test_a_checkpoint_of_torchs_muon_goes_on_as_it_was():
     muon = Muon(params, lr=0.02, momentum=0.9, weight_decay=0.2, ns_steps=4)
     train(muon, params, range(4))
     twins = clone_params(params)
-    ours = M3(twins, alpha=0.0, ns_dtype=BF16)
+    ours = slow_m3(twins, alpha=0.0, ns_dtype=BF16)
     with pytest.warns(UserWarning, match="options replace the optimizer's"):
         ours.load_state_dict(copy.deepcopy(muon.state_dict()))
     group = ours.param_groups[0]
@@ -300,7 +301,7 @@ def test_a_checkpoint_of_torchs_adamw_loads_into_groups_of_adamw():
     adamw = AdamW(params, lr=0.02)
     train(adamw, params, range(3))
     twins = clone_params(params)
-    ours = M3([{"params": twins, "algorithm": "adamw"}], lr=0.02, weight_decay=1e-2)
+    ours = slow_m3([{"params": twins, "algorithm": "adamw"}], lr=0.02, weight_decay=1e-2)
     ours.load_state_dict(copy.deepcopy(adamw.state_dict()))
     for seed in range(3, 6):
         train(adamw, params, [seed])
@@ -311,13 +312,13 @@ def test_a_checkpoint_of_torchs_adamw_loads_into_groups_of_adamw():
 def test_a_checkpoint_whose_state_has_other_shapes_is_refused():
     params = make_params((6, 9))
     saved = trained(params, range(2), second_moment="row", slow_frequency=2).state_dict()
-    other = M3(make_params((6, 8)), second_moment="row")
+    other = slow_m3(make_params((6, 8)), second_moment="row")
     before = snapshot(other)
     with pytest.raises(ValueError, match=r"'momentum_buffer'.*\(6, 9\).*needs \(6, 8\)"):
         other.load_state_dict(copy.deepcopy(saved))
     assert_unchanged(other, before)
     broken = copy.deepcopy(saved)
     broken["state"][0]["second_moment"] = torch.zeros(6, 9)
-    same = M3(clone_params(params), second_moment="row")
+    same = slow_m3(clone_params(params), second_moment="row")
     with pytest.raises(ValueError, match=r"'second_moment'.*\(6, 9\).*needs \(6, 1\)"):
         same.load_state_dict(broken)

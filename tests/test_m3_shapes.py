@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import M3, rules
+from nested_optim import rules
 
 from .helpers import (
     make_params,
     random_grads,
+    slow_m3,
     step_with,
 )
 
@@ -29,8 +30,8 @@ class TestShapes:
         [p] = make_params(shape)
         apart = [Parameter(part.detach().clone()) for part in read(p)]
         assert [tuple(q.shape) for q in apart] == parts
-        whole = M3([{"params": [p], **group}], **options)
-        single = M3(apart, **options)
+        whole = slow_m3([{"params": [p], **group}], **options)
+        single = slow_m3(apart, **options)
         for seed in range(6):
             [grad] = random_grads([p], seed)
             step_with(whole, [p], [grad])
@@ -66,8 +67,8 @@ class TestShapes:
         options["second_moment"] = second_moment
         [weight] = make_params((8, 9))
         turned = Parameter(weight.detach().T.contiguous())
-        plain = M3([weight], split_sizes=(4, 4), num_heads=2, **options)
-        conv1d = M3([turned], split_sizes=(4, 4), num_heads=2, out_dim=1, **options)
+        plain = slow_m3([weight], split_sizes=(4, 4), num_heads=2, **options)
+        conv1d = slow_m3([turned], split_sizes=(4, 4), num_heads=2, out_dim=1, **options)
         for seed in range(6):
             [grad] = random_grads([weight], seed)
             step_with(plain, [weight], [grad])
@@ -101,7 +102,7 @@ class TestShapes:
         options["second_moment"] = second_moment
         [plain] = make_params((6, 2, 3, 3))
         last = Parameter(plain.detach().clone(memory_format=torch.channels_last))
-        optimizers = M3([plain], **options), M3([last], **options)
+        optimizers = slow_m3([plain], **options), slow_m3([last], **options)
         for seed in range(5):
             grads = random_grads([plain], seed)
             step_with(optimizers[0], [plain], grads)
@@ -115,13 +116,13 @@ def test_state_of_another_memory_format_goes_on_as_it_was():
     options = {"lr": 0.05, "slow_frequency": 2, "second_moment": "element", "foreach": True}
     [plain] = make_params((6, 2, 3, 3))
     last = Parameter(plain.detach().clone(memory_format=torch.channels_last))
-    optimizer = M3([last], **options)
+    optimizer = slow_m3([last], **options)
     grads = [random_grads([plain], seed) for seed in range(8)]
     for seed in range(3):
         step_with(optimizer, [last], grads[seed])
     with torch.no_grad():
         plain.copy_(last)
-    resumed = M3([plain], **options)
+    resumed = slow_m3([plain], **options)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert not resumed.state[plain]["slow_update"].is_contiguous()
     for seed in range(3, 8):

@@ -72,7 +72,7 @@ def test_the_command_writes_ratios_and_accuracies(tmp_path):
         assert row["ratio"] == pytest.approx(row["ms"] / steps["torch Muon"]["ms"], rel=1e-6)
     # float32 momentum; beside it slow momentum in float32 and slow update in bfloat16.
     assert steps["M3, alpha 0"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.1)
-    assert steps["M3"]["state_bytes_per_parameter"] == pytest.approx(10, abs=0.1)
+    assert steps["M3, alpha .25"]["state_bytes_per_parameter"] == pytest.approx(10, abs=0.1)
     assert model["forms"]["bmm"]["times_faster"] == 1.0
     for kinds in model["accuracy"].values():
         for row in kinds["gaussian"].values():

@@ -34,7 +34,7 @@ OPTIMIZERS = {
     "NestedOptimizer": lambda params, lr: NestedOptimizer(params, lr=lr),
     "NestedOptimizer-slow": lambda params, lr: NestedOptimizer(params, lr=lr, frequency=3),
     "M3": lambda params, lr: M3(
-        [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}], lr=lr
+        [{"params": params[:1], "alpha": 0.25}, {"params": params[1:], "algorithm": "adamw"}], lr=lr
     ),
     "DeltaMomentum": lambda params, lr: DeltaMomentum(params, lr=lr),
 }

@@ -116,7 +116,7 @@ def _short_windows(model: nn.Module, kind: str, lr: float) -> Optimizer:
 
 
 def _m3(model: nn.Module, kind: str, lr: float) -> Optimizer:
-    return M3(matrix_groups(model), lr=lr, weight_decay=0.0)
+    return M3(matrix_groups(model), lr=lr, weight_decay=0.0, alpha=0.25)
 
 
 BASES: dict[str, tuple[str, Callable[[nn.Module, str, float], Optimizer], tuple[float, ...]]] = {

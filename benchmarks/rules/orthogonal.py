@@ -75,7 +75,11 @@ METHODS = {
         lambda m, lr: M3(m.parameters(), lr, weight_decay=0.0, alpha=0.0),
         "#009E73",
     ),
-    "m3": Method("M3", lambda m, lr: M3(m.parameters(), lr, weight_decay=0.0), "#117733"),
+    "m3": Method(
+        "M3, alpha = 0.25",
+        lambda m, lr: M3(m.parameters(), lr, weight_decay=0.0, alpha=0.25),
+        "#117733",
+    ),
     "dgd": Method("DGD, decay 1", lambda m, lr: DGD(m, lr, decay=1.0), "#0072B2"),
     "dgd-weak": Method("DGD, decay 0.01", lambda m, lr: DGD(m, lr, decay=0.01), "#332288"),
 }

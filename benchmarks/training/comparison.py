@@ -31,9 +31,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 PAIRS = (
     ("m3", "muon"),
     ("m3", "adamw"),
-    ("m3", "m3_alpha0"),
-    ("m3", "m3_stale"),
-    ("m3_alpha0", "muon"),
+    ("m3_slow", "m3"),
+    ("m3_slow", "m3_stale"),
     ("nested", "nested_lr"),
     ("ademamix", "adamw"),
 )

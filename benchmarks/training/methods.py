@@ -97,16 +97,17 @@ METHODS = {
         _method("adamw", "AdamW", "control", _adamw),
         _method("muon", "torch Muon, AdamW", "control", _muon),
         _method("ademamix", "AdEMAMix", "control", _ademamix),
-        _m3_method("m3", "M3"),
+        _m3_method("m3", "M3", alpha=0.0),  # the default, named: results are kept by it
         _m3_method("m3_paper", "M3, mode='paper'", mode="paper"),
         _method("nested", "NestedOptimizer 16/4/1", "ours", _nested("window"), *LEVELS),
         _method("nested_lr", "AdamW, lr / f 16/4/1", "control", _nested("lr"), *LEVELS),
-        _m3_method("m3_alpha0", "M3, alpha 0", alpha=0.0),
+        _m3_method("m3_slow", "M3, alpha .25", alpha=0.25),
+        _m3_method("m3_alpha.1", "M3, alpha .1", alpha=0.1),
         _m3_method("m3_alpha.5", "M3, alpha .5", alpha=0.5),
         _m3_method("m3_alpha1", "M3, alpha 1", alpha=1.0),
-        _m3_method("m3_f1", "M3, slow frequency 1", slow_frequency=1),
-        _m3_method("m3_f50", "M3, slow frequency 50", slow_frequency=50),
+        _m3_method("m3_f1", "M3, alpha .25, slow frequency 1", alpha=0.25, slow_frequency=1),
+        _m3_method("m3_f50", "M3, alpha .25, slow frequency 50", alpha=0.25, slow_frequency=50),
         _m3_method("m3_row", "M3, second moment by row", second_moment="row"),
-        _m3_method("m3_stale", "M3, a stale copy for the slow part", StaleM3),
+        _m3_method("m3_stale", "M3, alpha .25 of a stale copy", StaleM3, alpha=0.25),
     )
 }

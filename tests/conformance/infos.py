@@ -300,14 +300,18 @@ def m3_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerIn
         options("default", **half),
         options("no slow momentum", alpha=0.0, weight_decay=0.1, **half),
         options("row", second_moment="row", slow_frequency=2, alpha=0.5, maximize=True, **half),
-        options("element", second_moment="element", slow_frequency=2, nesterov=False, **half),
+        options(
+            "element", second_moment="element", slow_frequency=2, alpha=0.25, nesterov=False, **half
+        ),
         options("polar express, spectral", ns_coefficients="polar_express", adjust_lr="spectral"),
-        options("mean of 2, chunks of 2", frequency=2, slow_frequency=2, weight_decay=0.1),
+        options(
+            "mean of 2, chunks of 2", frequency=2, slow_frequency=2, alpha=0.25, weight_decay=0.1
+        ),
         options("sum of 2", frequency=2, window="sum", ns_steps=3, adjust_lr=None),
-        options("float32 state", state_dtype=torch.float32, slow_frequency=1),
+        options("float32 state", state_dtype=torch.float32, slow_frequency=1, alpha=0.25),
     ]
     if torch.device(device).type == "cuda":
-        inputs.append(options("capturable", capturable=True, slow_frequency=2, lr=0.01))
+        inputs.append(options("capturable", capturable=True, slow_frequency=2, alpha=0.25, lr=0.01))
     return inputs
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import M3, rules
+from nested_optim import rules
 from nested_optim.orthogonalize import orthogonalize
+
+from ..helpers import slow_m3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -79,8 +81,8 @@ OPTIONS = [{}, {"second_moment": "row"}, {"second_moment": "element"}, {"alpha":
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_foreach_does_what_the_loop_does_in_float64(options):
     params, twins = parameters(F64), parameters(F64)
-    fast = M3(params, lr=0.05, slow_frequency=2, foreach=True, **options)
-    loop = M3(twins, lr=0.05, slow_frequency=2, foreach=False, **options)
+    fast = slow_m3(params, lr=0.05, slow_frequency=2, foreach=True, **options)
+    loop = slow_m3(twins, lr=0.05, slow_frequency=2, foreach=False, **options)
     for seed in range(7):
         for optimizer, its in ((fast, params), (loop, twins)):
             give_gradients(its, seed)
@@ -95,7 +97,7 @@ def test_foreach_does_what_the_loop_does_in_float64(options):
 def test_the_kernels_are_the_rule(options, more):
     params, twins = parameters(), parameters()
     options = {"lr": 0.05, "slow_frequency": 3, "ns_dtype": "float32", **options, **more}
-    fused, loop = M3(params, fused=True, **options), M3(twins, foreach=False, **options)
+    fused, loop = slow_m3(params, fused=True, **options), slow_m3(twins, foreach=False, **options)
     for seed in range(7):
         for optimizer, its in ((fused, params), (loop, twins)):
             give_gradients(its, seed)
@@ -122,7 +124,7 @@ def test_the_kernels_are_the_rule(options, more):
 def test_the_kernels_find_matrices_within_parameters(shape, form, options):
     options = {"lr": 0.05, "slow_frequency": 2, "ns_dtype": "float32", **options, **form}
     params, twins = ([Parameter(gaussian(*shape, seed=i)) for i in range(3)] for _ in range(2))
-    fused, loop = M3(params, fused=True, **options), M3(twins, foreach=False, **options)
+    fused, loop = slow_m3(params, fused=True, **options), slow_m3(twins, foreach=False, **options)
     for seed in range(5):
         for optimizer, its in ((fused, params), (loop, twins)):
             give_gradients(its, seed)
@@ -137,8 +139,8 @@ def test_the_kernels_round_narrow_parameters_about_as_foreach_does(options, dtyp
     params, twins = parameters(dtype), parameters(dtype)
     exact = [Parameter(p.detach().double()) for p in params]
     options = {"lr": 0.05, "slow_frequency": 2, "weight_decay": 0.0, **options}
-    fused, foreach = M3(params, fused=True, **options), M3(twins, foreach=True, **options)
-    rule = M3(exact, foreach=False, **options)
+    fused, foreach = slow_m3(params, fused=True, **options), slow_m3(twins, foreach=True, **options)
+    rule = slow_m3(exact, foreach=False, **options)
     for seed in range(5):
         for optimizer, its in ((fused, params), (foreach, twins)):
             give_gradients(its, seed)
@@ -156,8 +158,8 @@ def test_the_kernels_round_narrow_parameters_about_as_foreach_does(options, dtyp
 def test_the_default_is_near_the_rule_in_float64(options, path):
     params, exact = parameters(), parameters(F64)
     start = [p.detach().clone() for p in exact]
-    fast = M3(params, lr=0.05, slow_frequency=2, weight_decay=0.0, **options, **path)
-    rule = M3(exact, lr=0.05, slow_frequency=2, weight_decay=0.0, foreach=False, **options)
+    fast = slow_m3(params, lr=0.05, slow_frequency=2, weight_decay=0.0, **options, **path)
+    rule = slow_m3(exact, lr=0.05, slow_frequency=2, weight_decay=0.0, foreach=False, **options)
     for seed in range(5):
         for optimizer, its in ((fast, params), (rule, exact)):
             give_gradients(its, seed)
@@ -171,8 +173,8 @@ def test_the_default_is_near_the_rule_in_float64(options, path):
 def test_a_captured_step_stays_right_through_chunks(options, path):
     params, twins = parameters(), parameters()
     options = {"lr": 0.05, "slow_frequency": 3, **options}
-    captured = M3(params, capturable=True, **options, **path)
-    eager = M3(twins, **options)
+    captured = slow_m3(params, capturable=True, **options, **path)
+    eager = slow_m3(twins, **options)
     static = [torch.zeros_like(p) for p in params]
     for p, grad in zip(params, static):
         p.grad = grad
@@ -209,7 +211,7 @@ def test_a_captured_step_stays_right_through_chunks(options, path):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_waits_for_nothing(options, path):
     params = parameters()
-    optimizer = M3(
+    optimizer = slow_m3(
         [
             {"params": params, "slow_frequency": 2, **options, **path},
             {"params": [Parameter(gaussian(50))], "algorithm": "adamw"},
@@ -233,7 +235,7 @@ def test_temporary_memory_stays_within_its_bound(path):
     params = [Parameter(gaussian(256, 1024, seed=i)) for i in range(24)]
     peaks = {}
     for room in (2**22, 2**30):
-        optimizer = M3(params, alpha=0.0, max_batch_bytes=room, **path)
+        optimizer = slow_m3(params, alpha=0.0, max_batch_bytes=room, **path)
         for seed in range(2):
             give_gradients(params, seed)
             optimizer.step()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from nested_optim import M3
 
+from ..helpers import slow_m3
 from .launch import Net, Ranks, assert_near, assert_same, give_gradients, sharded, snapshot, started
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -43,7 +44,7 @@ def make(model: nn.Module, **options: Any) -> M3:
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if n in ("first.weight", "middle.weight")]
     rest = [(n, p) for n, p in named if n not in ("first.weight", "middle.weight")]
-    return M3(
+    return slow_m3(
         [
             {"params": matrices, "frequency": 2, "slow_frequency": 2, **options},
             {"params": rest, "algorithm": "adamw", "frequency": 3},
