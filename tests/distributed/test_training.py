@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -406,3 +408,26 @@ def test_a_failing_or_hanging_rank_is_reported_and_the_next_scenario_gets_new_ra
     ranks.run(_meets)
     with pytest.raises(AssertionError, match=r"(?s)Timeout .0:00:01.*in _never_ends"):
         ranks.run(_never_ends, timeout=1)
+
+
+def _aborts_on_one_rank(folder: str, times: int) -> None:
+    seen = len(os.listdir(folder))
+    dist.barrier()
+    if dist.get_rank() == 1 and seen < times:
+        (Path(folder) / str(seen)).touch()
+        os.abort()
+    dist.barrier()
+
+
+def test_a_rank_that_crashes_in_native_code_is_given_one_more_try_and_a_warning(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "once", tmp_path / "twice"]
+    for folder in folders:
+        folder.mkdir()
+    with pytest.warns(UserWarning, match=r"(?s)exit code -6.*in _aborts_on_one_rank"):
+        ranks.run(_aborts_on_one_rank, str(folders[0]), 1)
+    with pytest.warns(UserWarning), pytest.raises(AssertionError, match="exit code -6"):
+        ranks.run(_aborts_on_one_rank, str(folders[1]), 2)
+    assert [len(os.listdir(folder)) for folder in folders] == [1, 2]
+    ranks.run(_meets)
