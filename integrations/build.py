@@ -85,7 +85,7 @@ def build_optimizer(
     Args:
         model: the module that is trained.
         optimizer: ``"nested"`` (:class:`NestedOptimizer`), ``"m3"``, ``"muon"`` (M3 with
-            ``alpha=0``: torch's Muon, bit for bit, and AdamW for the rest, in one optimizer),
+            no other ``alpha`` than 0: torch's Muon, bit for bit, and AdamW for the rest),
             ``"dgd"``, ``"delta"``, ``"deep_momentum"``, ``"deep_nested"``, or torch's own
             ``"adam"`` and ``"adamw"``.
         lr: the learning rate of every group that has none of its own.

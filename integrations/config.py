@@ -85,7 +85,7 @@ class OptimizerConfig(_Strict):
     optimizer_type: OptimizerType = Field(
         "nested",
         description="'nested' with a block `nested_optimizer` is 'deep_nested'; 'muon' is M3 with "
-        "alpha=0, which is torch's Muon with AdamW for what is no matrix.",
+        "no alpha but 0: torch's Muon, and AdamW for what is no matrix.",
     )
     learning_rate: Annotated[_Number, Field(ge=0)] | LearningRate = Field(
         1e-3, description="Or {initial: ...}."
