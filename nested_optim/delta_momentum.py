@@ -256,7 +256,7 @@ DeltaMomentum.__doc__ = rf"""SGD whose momentum forgets along the gradient befor
             (default: None).
         {_maximize_doc}
         {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits. The
-            default on CUDA with Triton is two kernels around the products, for real parameters
+            default on CUDA with Triton is kernels around the products, for real parameters
             and buffers of at most 32 bits; whatever they do not serve goes through foreach.
         {_capturable_doc} Windows then close on the device.
         {_differentiable_doc}

@@ -1,8 +1,8 @@
 """Delta Momentum on its kernels: what they serve, the products between them, kept tables.
 
-The working space of a step is bounded: tensors are taken in parts, each with a norm of all its
-gradients, a launch that writes gradients and buffers as the products take them, the products of one
-shape at a time, and a launch that updates.
+The working space of a step is bounded: tensors are taken in parts, each with two launches for the
+norms of its gradients, one that writes gradients and buffers as the products take them, the
+products of one shape at a time, and a launch that updates.
 """
 
 from __future__ import annotations
@@ -121,20 +121,15 @@ def _update(
     sign: float,
     captured: bool,
 ) -> None:
-    # In float64 no square of a float32 number leaves the range.
-    norms = torch.stack(torch._foreach_norm(grads, 2, torch.float64))
-    limits = torch.finfo(torch.float32)
-    momentum, rate = group["momentum"], group["delta_rate"]
-    if group["normalized"]:
-        factors = torch.full_like(norms, momentum * (rate / (1 + rate)), dtype=torch.float32)
-    else:
-        # Of the term of unit gradients: rho |g|^2. Of a gradient of zeros it is 0.
-        inverse = norms.pow(-2).mul_(1 / rate).add_(1 / momentum)
-        factors = inverse.reciprocal_().to(torch.float32)
-    lengths = norms.clamp(limits.tiny, limits.max).to(torch.float32)
-
     space = torch.empty(part.space, dtype=dtype, device=part.device)
-    part.table.prepare(grads, lengths, space, captured)
+    factors = part.table.prepare(
+        grads,
+        space,
+        momentum=group["momentum"],
+        rate=group["delta_rate"],
+        normalized=group["normalized"],
+        captured=captured,
+    )
     for batch in part.batches:
         _multiply(batch, space)
     part.table.update(
@@ -142,7 +137,7 @@ def _update(
         space,
         lr=lr.to(part.device, non_blocking=True) if isinstance(lr, Tensor) else lr,
         weight_decay=group["weight_decay"] if group["decoupled"] else 0.0,
-        momentum=momentum,
+        momentum=group["momentum"],
         sign=sign,
     )
 
@@ -150,8 +145,8 @@ def _update(
 def _multiply(batch: _Batch, space: Tensor) -> None:
     """``b u^H u``, over ``b``'s copy or, where that is read to the end, over ``u``."""
     shape = (batch.number, batch.rows, batch.columns)
-    numel = batch.number * batch.rows * batch.columns
-    unit, copy = (space.narrow(0, at, numel).view(shape) for at in (batch.unit, batch.copy))
+    strides = (batch.rows * batch.columns, batch.columns, 1)
+    unit, copy = (space.as_strided(shape, strides, at) for at in (batch.unit, batch.copy))
     left = copy if batch.direct is None else batch.direct.view(shape)
     if batch.number == 1:
         unit, copy, left = unit[0], copy[0], left[0]

@@ -195,11 +195,11 @@ def test_the_kernel_reads_a_learning_rate_where_it_lies(kernel):
         kernel.Entry(params[1], bufs[1], 4096, None, 4112),
     ]
     table = kernel.DeltaTable(entries, F32)
-    space, norms = torch.full((4200,), torch.nan), torch.tensor([2.0, 4.0])
-    table.prepare(grads, norms, space)
-    torch.testing.assert_close(space[:2000], grads[0] / 2)
+    space = torch.full((4200,), torch.nan)
+    table.prepare(grads, space, momentum=0.9, rate=0.1, normalized=False)
+    torch.testing.assert_close(space[:2000], grads[0] / grads[0].norm())
     torch.testing.assert_close(space[2048:4048], bufs[0])
-    torch.testing.assert_close(space[4096:4111], grads[1].flatten() / 4)
+    torch.testing.assert_close(space[4096:4111], grads[1].flatten() / grads[1].norm())
     assert space[4111:].isnan().all()
     space[4112:4127] = 1.0
     terms = [space[2048:4048].clone(), torch.ones(3, 5)]
@@ -211,6 +211,31 @@ def test_the_kernel_reads_a_learning_rate_where_it_lies(kernel):
     )  # fmt: skip
     torch.testing.assert_close(bufs, new_bufs)
     torch.testing.assert_close(params, new_params)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("momentum, rate", [(0.9, 0.3), (1e-3, 1e-45), (0.5, 1e45)])
+def test_factors_are_the_rule_s_in_float64(kernel, momentum, rate, monkeypatch):
+    """Of more chunks than one step of the summation takes, of one, of a number and of zeros."""
+    monkeypatch.setattr(kernel, "SUMS", 4)
+    scales = (1e-20, 1.0, 1e20, 0.0)
+    shapes = (9 * kernel.CHUNK + 5,), (3, 5), (), (7,)
+    grads = [s * torch.randn(n) for s, n in zip(scales, shapes)]
+    entries, at = [], 0
+    for g in grads:
+        entries.append(kernel.Entry(torch.zeros_like(g), torch.zeros_like(g), at, None, at))
+        at += -(-g.numel() // 64) * 64
+    table = kernel.DeltaTable(entries, F32)
+    for normalized in (False, True):
+        space = torch.full((at,), torch.nan)
+        found = table.prepare(grads, space, momentum=momentum, rate=rate, normalized=normalized)
+        for e, g, factor in zip(entries, grads, found.tolist()):
+            norm = g.double().norm()
+            bounded = rate / (1 + rate) if normalized else rate / (1 + rate * norm**2 / momentum)
+            want = momentum * bounded if normalized else bounded * norm**2
+            assert factor == pytest.approx(float(want), rel=1e-6, abs=1e-44)
+            unit = space[e.unit : e.unit + g.numel()]
+            torch.testing.assert_close(unit, (g.double() / max(norm, 1e-300)).float().flatten())
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,18 @@ def test_delta_momentums_passes_compile_to_accesses_of_16_bytes(dtypes, on_devic
     del roles["PARAM"]
     kinds = {**tables, "norms": "*fp32"}
     prepare = lines_of_ptx(module.prepare_kernel, kinds, {**roles, **shared}, module.NUM_WARPS)
-    for lines in (update, prepare):
-        for access in ("ld.global", "st.global"):
+    kinds = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "sums": "*fp64"}
+    constants = {"GRAD": roles["GRAD"], "CHUNK": module.CHUNK}
+    squares = lines_of_ptx(module.squares_kernel, kinds, constants, module.NUM_WARPS)
+    for lines, least in ((update, (2, 2)), (prepare, (2, 2)), (squares, (1, 0))):
+        for access, number in zip(("ld.global", "st.global"), least):
             wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
-            assert len(wide) >= 2
+            assert len(wide) >= number
+    kinds = {"rows": "*i64", "sums": "*fp64", "norms": "*fp32", "factors": "*fp32"}
+    kinds |= {"momentum": "i64", "rate": "i64"}
+    for normalized in (False, True):
+        constants = {"NORMALIZED": normalized, "CHUNK": module.CHUNK, "SUMS": module.SUMS}
+        assert lines_of_ptx(module.numbers_kernel, kinds, constants, module.NUM_WARPS)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

@@ -1,27 +1,32 @@
-"""Delta Momentum's two passes over any number of tensors, each as one Triton launch.
+"""Delta Momentum's three passes over any number of tensors, each as one Triton launch.
 
-The first writes what the products take: gradients divided by their norms, and buffers, in the
-products' dtype. The second takes the products' results into buffers and parameters. In between lie
-the products, which are not this module's.
+The first sums the squares of gradients, of which a small launch makes norms and factors. The second
+writes what the products take: gradients divided by their norms, and buffers, in the products'
+dtype. The third takes the products' results into buffers and parameters. Before it lie the
+products, which are not this module's.
 """
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import aligned, on
+from .launcher import Launcher
 from .tables import AddressRing
 
 #: Elements and warps per program: two 16-byte accesses of float32 per thread and tensor.
 CHUNK = 1024
 NUM_WARPS = 4
+#: Sums of squares that one step of the second summation takes.
+SUMS = 1024
 
 #: Of parameters, buffers, gradients and products.
 DTYPES = {
@@ -32,6 +37,9 @@ DTYPES = {
 
 _COLUMNS: tl.constexpr = tl.constexpr(8)
 _KEEP: tl.constexpr = tl.constexpr(-1)
+#: The range of normal float32 numbers.
+_TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
+_LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -56,6 +64,60 @@ def _at_address(address, start, KIND: tl.constexpr, FULL: tl.constexpr):
     else:
         at = address.to(tl.pointer_type(KIND)) + start
     return at
+
+
+@triton.jit
+def squares_kernel(chunks, rows, grads, sums, GRAD: tl.constexpr, CHUNK: tl.constexpr):
+    """The sum of one chunk's squares, in float64, which holds every square of float32."""
+    pid = tl.program_id(0)
+    which = tl.load(chunks + pid).to(tl.int64)
+    row = rows + which * _COLUMNS
+    start = (pid - tl.load(row + 3)) * CHUNK
+    left = tl.load(row + 2) - start
+    grad = tl.load(grads + which)
+    lanes = tl.arange(0, CHUNK)
+    if (left >= CHUNK) & ((grad & 15) == 0):
+        g = _load(_at_address(grad, start, GRAD, True), lanes, None, True).to(tl.float64)
+    else:
+        at = _at_address(grad, start, GRAD, False)
+        g = _load(at, lanes, lanes < left, False).to(tl.float64)
+    tl.store(sums + pid, tl.sum(g * g, 0))
+
+
+@triton.jit(do_not_specialize=["momentum", "rate"])
+def numbers_kernel(
+    rows,
+    sums,
+    norms,
+    factors,
+    momentum,
+    rate,
+    NORMALIZED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """Of one tensor: by what its gradient is divided, and the factor of its term then.
+
+    ``momentum`` and ``rate`` are the bits of float64 numbers, which as such would come as float32.
+    """
+    which = tl.program_id(0).to(tl.int64)
+    row = rows + which * _COLUMNS
+    first = tl.load(row + 3)
+    count = tl.cdiv(tl.load(row + 2), CHUNK)
+    lanes = tl.arange(0, SUMS)
+    total = tl.zeros((SUMS,), tl.float64)
+    for start in range(0, count, SUMS):
+        total += tl.load(sums + first + start + lanes, mask=start + lanes < count, other=0.0)
+    square = tl.sum(total, 0)
+    alpha = momentum.to(tl.int64).to(tl.float64, bitcast=True)
+    r = rate.to(tl.int64).to(tl.float64, bitcast=True)
+    # Of the term of unit gradients: rho |g|^2, which of a gradient of zeros is 0.
+    factor = alpha * (r / (1 + r)) if NORMALIZED else 1 / (1 / square / r + 1 / alpha)
+    norm = tl.sqrt(square)
+    # Written so that no norm is none.
+    norm = tl.where(norm < _TINY, _TINY, tl.where(norm > _LARGEST, _LARGEST, norm))
+    tl.store(norms + which, norm.to(tl.float32))
+    tl.store(factors + which, factor.to(tl.float32))
 
 
 @triton.jit
@@ -247,32 +309,44 @@ class DeltaTable:
         return host.to(self.device, non_blocking=True)
 
     def prepare(
-        self, grads: Sequence[Tensor], norms: Tensor, space: Tensor, captured: bool = False
-    ) -> None:
+        self,
+        grads: Sequence[Tensor],
+        space: Tensor,
+        *,
+        momentum: float,
+        rate: float,
+        normalized: bool,
+        captured: bool = False,
+    ) -> Tensor:
         """Write units and copies to ``space``, of the products' dtype.
 
         Args:
             grads: laid out as the parameters.
-            norms: float32 ``(T,)``, above 0.
+            momentum, rate: not 0.
+            normalized: the rate is in units of ``momentum / |g|^2``.
             captured: this is being captured in a CUDA graph.
+
+        Returns:
+            The factors of the products' results, float32 ``(T,)``.
         """
         addresses = list(map(Tensor.data_ptr, grads))
         slot = self._ring.give(addresses) if captured else self._ring.write(addresses)
         self._grads.copy_(slot, non_blocking=True)
-        launch: Any = prepare_kernel[(self._n_chunks,)]
-        with self._on_device():
-            launch(
-                self._chunks,
-                self._rows,
-                self._grads,
-                norms,
-                space,
-                *self._kinds[1:],
-                DTYPES[space.dtype],
-                space.itemsize,
-                CHUNK,
-                num_warps=NUM_WARPS,
-            )
+        tables = self._chunks, self._rows, self._grads
+        sums = torch.empty(self._n_chunks, dtype=torch.float64, device=self.device)
+        norms, factors = torch.empty(2, len(self.entries), device=self.device).unbind()
+        where = self.device, *map(aligned, tables), aligned(norms), aligned(factors)
+        bits = struct.unpack("2q", struct.pack("2d", momentum, rate))
+        grad = self._kinds[2]
+        with on(self.device):
+            grid = self._n_chunks, 1, 1
+            _launch_squares((*where, grad), grid, (*tables, sums, grad, CHUNK))
+            numbers = self._rows, sums, norms, factors, *bits, normalized, CHUNK, SUMS
+            _launch_numbers((*where, normalized), (len(self.entries), 1, 1), numbers)
+            constants = *self._kinds[1:], DTYPES[space.dtype], space.itemsize, CHUNK
+            kind = *where, constants, aligned(space)
+            _launch_prepare(kind, grid, (*tables, norms, space, *constants))
+        return factors
 
     def update(
         self,
@@ -295,26 +369,23 @@ class DeltaTable:
         """
         on_device = isinstance(lr, Tensor)
         numbers = (0.0, 0.0) if on_device else (lr, 1 - lr * weight_decay)
-        launch: Any = update_kernel[(self._n_chunks,)]
-        with self._on_device():
-            launch(
-                self._chunks,
-                self._rows,
-                self._grads,
-                factors,
-                space,
-                lr if on_device else None,
-                *map(float, numbers),
-                float(weight_decay),
-                float(momentum),
-                float(sign),
-                *self._kinds,
-                DTYPES[space.dtype],
-                space.itemsize,
-                on_device,
-                CHUNK,
-                num_warps=NUM_WARPS,
-            )
+        tensors = self._chunks, self._rows, self._grads, factors, space
+        args = (
+            *tensors,
+            lr if on_device else None,
+            *map(float, numbers),
+            float(weight_decay),
+            float(momentum),
+            float(sign),
+        )
+        constants = *self._kinds, DTYPES[space.dtype], space.itemsize, on_device, CHUNK
+        alike = (lr.dtype, aligned(lr)) if isinstance(lr, Tensor) else None
+        kind = self.device, constants, alike, *map(aligned, tensors)
+        with on(self.device):
+            _launch_update(kind, (self._n_chunks, 1, 1), (*args, *constants))
 
-    def _on_device(self) -> Any:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+_launch_squares = Launcher(squares_kernel, num_warps=NUM_WARPS)
+_launch_numbers = Launcher(numbers_kernel, num_warps=NUM_WARPS)
+_launch_prepare = Launcher(prepare_kernel, num_warps=NUM_WARPS)
+_launch_update = Launcher(update_kernel, num_warps=NUM_WARPS)
