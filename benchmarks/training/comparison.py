@@ -30,7 +30,9 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: Pairs whose difference decides something, by test loss.
 PAIRS = (
     ("m3", "muon"),
+    ("m3", "muon_flat"),
     ("m3", "adamw"),
+    ("adamw_95", "adamw"),
     ("m3_slow", "m3"),
     ("m3_slow", "m3_stale"),
     ("nested", "nested_lr"),

@@ -1,4 +1,4 @@
-"""Optimizers that exist to be compared with: two momenta without matrices, and a stale copy."""
+"""Optimizers to be compared with: two momenta without matrices, a stale copy, Muon on any shape."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nested_optim import M3, rules
@@ -103,3 +103,24 @@ class StaleM3(M3):
                 dtype=ns_dtype(p, group),
             )
             state["slow_update"].copy_(form.join(parts, p.shape))
+
+
+def flat_muon(params: list[nn.Parameter], **options: Any) -> Optimizer:
+    """torch's Muon, which takes only matrices, on parameters flattened to (outputs, the rest).
+
+    Its parameters share their memory with ``params``, whose gradients it takes and clears.
+    """
+    flat = [nn.Parameter(p.detach().view(len(p), -1)) for p in params]
+    muon = torch.optim.Muon(flat, **options)
+
+    def take(*_: Any) -> None:
+        for matrix, p in zip(flat, params):
+            matrix.grad = None if p.grad is None else p.grad.reshape(matrix.shape)
+
+    def clear(*_: Any) -> None:
+        for p in params:
+            p.grad = None
+
+    muon.register_step_pre_hook(take)
+    muon.register_step_post_hook(clear)
+    return muon

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from nested_optim import M3, NestedOptimizer, depth_groups, matrix_groups
 
-from .controls import AdEMAMix, StaleM3
+from .controls import AdEMAMix, StaleM3, flat_muon
 
 #: Of NestedOptimizer's groups, shallow slowest.
 LEVELS = (1, 4, 16)
@@ -39,26 +39,35 @@ class Method:
     build: Build
 
 
-def _adamw(model: nn.Module, lr: float, weight_decay: float, steps: int) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)]
+def _adamw(**options: Any) -> Build:
+    def build(model: nn.Module, lr: float, weight_decay: float, steps: int) -> list[Optimizer]:
+        kept: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True, **options}
+        return [torch.optim.AdamW(model.parameters(), **kept)]
+
+    return build
 
 
-def _muon(model: nn.Module, lr: float, weight_decay: float, steps: int) -> list[Optimizer]:
-    """torch's Muon on matrices of two dimensions; it takes no others, which AdamW then trains."""
-    hidden: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for group in matrix_groups(model):
-        for entry in group["params"]:
-            p = entry[1] if isinstance(entry, tuple) else entry
-            is_hidden = group["algorithm"] == "m3" and p.ndim == 2
-            (hidden if is_hidden else rest).append(p)
-    adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
-    if not hidden:
-        return [adamw]
-    muon = torch.optim.Muon(
-        hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, adamw]
+def _muon(flat: bool) -> Build:
+    """torch's Muon on matrices of two dimensions, which are all it takes; AdamW trains the rest.
+
+    ``flat``: it is given the weights of convolutions as matrices, too.
+    """
+
+    def build(model: nn.Module, lr: float, weight_decay: float, steps: int) -> list[Optimizer]:
+        hidden: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for group in matrix_groups(model):
+            for entry in group["params"]:
+                p = entry[1] if isinstance(entry, tuple) else entry
+                is_hidden = group["algorithm"] == "m3" and (flat or p.ndim == 2)
+                (hidden if is_hidden else rest).append(p)
+        adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True)
+        if not hidden:
+            return [adamw]
+        options: Any = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        return [(flat_muon if flat else torch.optim.Muon)(hidden, **options), adamw]
+
+    return build
 
 
 def _m3(cls: type[M3] = M3, **options: Any) -> Build:
@@ -94,8 +103,10 @@ def _m3_method(key: str, label: str, cls: type[M3] = M3, **options: Any) -> Meth
 METHODS = {
     method.key: method
     for method in (
-        _method("adamw", "AdamW", "control", _adamw),
-        _method("muon", "torch Muon, AdamW", "control", _muon),
+        _method("adamw", "AdamW", "control", _adamw()),
+        _method("adamw_95", "AdamW, betas .9, .95", "control", _adamw(betas=(0.9, 0.95))),
+        _method("muon", "torch Muon, AdamW", "control", _muon(flat=False)),
+        _method("muon_flat", "torch Muon, convolutions too", "control", _muon(flat=True)),
         _method("ademamix", "AdEMAMix", "control", _ademamix),
         _m3_method("m3", "M3", alpha=0.0),  # the default, named: results are kept by it
         _m3_method("m3_paper", "M3, mode='paper'", mode="paper"),
