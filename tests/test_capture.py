@@ -424,6 +424,60 @@ def test_groups_without_decay_capture_nothing():
     optimizer.step()
 
 
+def test_options_that_are_edited_between_passes_hold_for_the_next_one():
+    model = mlp()
+    optimizer = DGD(model, 0.1, max_tokens=100)
+    group, x = optimizer.param_groups[0], randn(5, 4)
+    for _ in range(2):
+        train_step(model, optimizer, x)
+        group["decay"] = 0.0
+        model(x).sum().backward()
+        assert_nothing_captured(optimizer)
+        optimizer.step()
+        model.zero_grad()
+        group.update(decay=1.0, max_tokens=3)
+        model(x).sum().backward()
+        assert [len(captured(optimizer, model[i].weight)[0]) for i in (0, 2, 4)] == [3, 3, 3]
+        optimizer.zero_grad()
+        group["max_tokens"] = 100
+
+
+def test_a_weight_s_new_group_and_a_layer_s_new_weight_are_noticed():
+    model = mlp()
+    first, rest = list(model[0].parameters()), [*model[2].parameters(), *model[4].parameters()]
+    groups = [{"params": first, "decay": 0.0}, {"params": rest}]
+    optimizer, x = DGD(groups, 0.1, model=model), randn(5, 4)
+    train_step(model, optimizer, x)
+    moved = optimizer.param_groups[1]["params"].pop(0)
+    optimizer.param_groups[0]["params"].append(moved)
+    assert moved is model[2].weight
+    train_step(model, optimizer, x)  # a step looks where parameters are
+    model(x).sum().backward()
+    assert [captured(optimizer, model[i].weight) is None for i in (0, 2, 4)] == [True, True, False]
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())  # new groups, with the old options
+    optimizer.param_groups[0]["decay"] = 1.0
+    model(x).sum().backward()
+    assert captured(optimizer, model[0].weight)[1] == 5
+    optimizer.step()
+    optimizer.zero_grad()
+
+    old, model[4].weight = model[4].weight, nn.Parameter(model[4].weight.detach().clone())
+    model(x).sum().backward()
+    assert captured(optimizer, old) is None and captured(optimizer, model[4].weight) is None
+    optimizer.zero_grad()
+    model[4].weight = old
+    train_step(model, optimizer, x)
+    model.append(nn.Linear(2, 2, dtype=torch.float64))
+    optimizer.add_param_group({"params": model[5].parameters()})
+    model[5].tied = old  # used in a way that is not seen: no longer a weight with inputs
+    optimizer._capture.survey()
+    model(x).sum().backward()
+    assert captured(optimizer, old) is None
+    assert captured(optimizer, model[5].weight)[1] == 5
+
+
 # ---------------------------------------------------------------------- precision
 
 
