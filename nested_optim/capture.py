@@ -153,7 +153,7 @@ class Capture:
         if weights is None:
             self._choices.clear()
         for pool in self._pools.values() if weights is None else map(self._pools.get, weights):
-            if pool is not None:
+            if pool is not None and pool.seed is not None:  # else it is empty
                 pool.clear()
 
     def arrived(self, weight: Tensor) -> bool:
@@ -453,7 +453,7 @@ class _Pool:
         self.staged: list[_Part] = []
 
     def clear(self, staged: bool = True) -> None:
-        """Forget what was committed; and what was staged."""
+        """Forget what was committed; and what was staged, and by which choice."""
         self.total, self.kept, self.arrived, self.parts = 0, 0, False, []
         if staged:
             self.staged, self.seed = [], None

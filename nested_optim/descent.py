@@ -141,7 +141,7 @@ def subtracted_terms(
     weights: list[Tensor], taken: list[Inputs | None], group: dict[str, Any], foreach: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """``rules.input_decay`` of each weight that has inputs, with the weight."""
-    pairs = [(w, x) for w, x in zip(weights, taken) if x is not None and len(x.rows)]
+    pairs = [(w, x) for w, x in zip(weights, taken) if x is not None and x.rows.shape[0]]
     found: list[tuple[Tensor, Tensor]] = []
     batched: list[tuple[Tensor, Inputs]] = []
     for weight, given in pairs:

@@ -426,7 +426,7 @@ class DGD(NestedOptimizer):
             finally:
                 self._used = []
         else:
-            self._descend(group, params, grads, given)
+            self._descend(group, params, grads, given, states)
         for i in windowed:
             inputs.empty_window(states[i])
 
@@ -455,12 +455,12 @@ class DGD(NestedOptimizer):
         params: list[Tensor],
         grads: list[Tensor],
         given: list[Inputs | None],
+        states: list[dict[str, Any]],
     ) -> None:
         """The update of ``base="sgd"``, in the wider of the parameter's dtype and its state's."""
         work, comps = list(params), []
         if group["state_dtype"] is not None or group["kahan_sum"]:
-            for i, p in enumerate(params):
-                state = self.state[p]
+            for i, (p, state) in enumerate(zip(params, states)):
                 self._init_state(p, group, state)  # kahan_sum may have been switched on in mid-run
                 dtype = torch.promote_types(p.dtype, self._state_dtype(p, group))
                 comp = state.get("kahan_comp") if group["kahan_sum"] else None
@@ -470,7 +470,7 @@ class DGD(NestedOptimizer):
                     dtype = torch.promote_types(dtype, torch.float32)
                     work[i] = rules.kahan_join(p, comp, dtype)
                 comps.append(comp)
-        steps = [self.state[p]["step"] for p in params]
+        steps = [state["step"] for state in states]
         grads = [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, work)]
         run = _multi_tensor_dgd if self._uses_foreach(group, work) else _single_tensor_dgd
         run(work, grads, given, steps, group)
@@ -551,9 +551,10 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
     **Cost.** At most two products of ``(outputs, inputs, n)`` for n inputs, beside three of the
     whole batch in the layer's own forward and backward pass; fewer where forming :math:`S` is less
     work, ``batch="exact"`` solves a linear system besides. Between backward pass and step up to
-    ``max_tokens`` inputs of each layer are kept, in the dtype that the layer multiplied
-    (autocast's, where that is on; on several ranks and in windows the parameter's, or
-    ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on average, and noisy.
+    ``max_tokens`` inputs of each layer are kept, in their own dtype or the one that the layer
+    multiplied (autocast's, where that is on), which the step takes (on several ranks and in windows
+    the parameter's, or ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on
+    average, and noisy.
 
     Args:
         params (nn.Module or iterable): the model, all of whose parameters are trained; or

@@ -48,7 +48,7 @@ def for_update(
 ) -> Inputs:
     """What an update takes, from a sample of the inputs that came with ``steps`` gradients."""
     total: Any = sample.total
-    count: Any = len(sample.rows)
+    count: Any = sample.rows.shape[0]
     if isinstance(total, Tensor):  # and there may be places without a row
         wide = torch.promote_types(param.dtype, torch.float32)
         total = total.to(wide)

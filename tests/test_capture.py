@@ -499,6 +499,21 @@ def test_under_autocast_inputs_are_what_the_layer_multiplied(kind):
     torch.testing.assert_close(layer.weight.flatten(1), expected, rtol=2**-7, atol=2**-9)
 
 
+@pytest.mark.parametrize("max_tokens", [3, 7, 100])
+def test_calls_under_autocast_and_without_it_join_in_the_wider_dtype(max_tokens):
+    layer = nn.Linear(4, 3)
+    optimizer = DGD(layer, 0.1, max_tokens=max_tokens)
+    x = randn(5, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)
+    (narrow.float().sum() + layer(x).sum()).backward()
+    rows, total = captured(optimizer, layer.weight)
+    assert total == 10 and len(rows) == min(max_tokens, 10) and rows.dtype == torch.float32
+    every = torch.cat([x, x.bfloat16().float()])
+    assert (rows[:, None] == every).all(-1).sum(0).tolist().count(1) == len(rows)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_models_train(dtype):
     model, wide = mlp().to(dtype), mlp()
