@@ -45,10 +45,10 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 class Owner(Protocol):
     """The optimizer, as its capture sees it."""
 
-    def _wants_inputs(self, weight: Tensor) -> bool:
-        """Whether inputs of this weight's layers are of use."""
+    def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
+        """The group of this weight, if it is in one; inputs are of use where that has decay."""
 
-    def _sample_plan(self, weight: Tensor) -> tuple[int, tuple[int, ...]]:
+    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, tuple[int, ...]]:
         """How many rows to keep until the next step, and the numbers that seed their choice."""
 
 
@@ -109,7 +109,7 @@ class Capture:
         self._self = weakref.ref(self)
         self._pools: dict[Tensor, _Pool] = {}
         self._choices: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._modules: dict[nn.Module, Layout] = {}
+        self._modules: dict[nn.Module, _ForwardHook] = {}
         self._handles: list[RemovableHandle] = []
         # A tensor that needs a gradient, or autograd would save nothing.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -126,9 +126,9 @@ class Capture:
                     claims.setdefault(param, []).append(layout if name == "weight" else None)
             if layout is not None and module._parameters.get("weight") is not None:
                 if module not in self._modules:
-                    hook = _ForwardHook(self)
+                    hook = self._modules[module] = _ForwardHook(self, module)
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-                self._modules[module] = layout
+                self._modules[module].features_at = 0 if layout.transposed else -1
             if isinstance(module, DistributedDataParallel) and self.process_group is None:
                 self.process_group = module.process_group
         self.members = set(claims)
@@ -138,6 +138,8 @@ class Capture:
             for param, found in claims.items()
             if found[0] is not None and all(layout == found[0] for layout in found)
         }
+        for hook in self._modules.values():
+            hook.pool = _nobody
 
     def remove(self) -> None:
         """Take all hooks off the model and forget all inputs."""
@@ -151,7 +153,7 @@ class Capture:
         if weights is None:
             self._choices.clear()
         for pool in self._pools.values() if weights is None else map(self._pools.get, weights):
-            if pool is not None:
+            if pool is not None and pool.seed is not None:  # else it is empty
                 pool.clear()
 
     def arrived(self, weight: Tensor) -> bool:
@@ -167,78 +169,33 @@ class Capture:
         """How many ranks average their gradients."""
         return 1 if self.process_group is None else dist.get_world_size(self.process_group)
 
-    def take(self, weight: Tensor, keyed: bool) -> Sample:
-        """The committed inputs of a weight, which are forgotten; ``keyed`` if keys are needed."""
-        pool = self._pools.get(weight)
-        if pool is None or not pool.parts:
+    def regroup(self) -> None:
+        """The owner's parameters are in other groups than they were."""
+        for pool in self._pools.values():
+            pool.group = None
+
+    def take(self, weights: list[Tensor], keyed: bool) -> list[Sample]:
+        """Committed inputs of these weights, which are forgotten; ``keyed`` if keys are needed."""
+        pools = [self._pools.get(weight) for weight in weights]
+        _cast([part for pool in pools if pool is not None for part in pool.parts])
+        samples = []
+        for weight, pool in zip(weights, pools):
+            if pool is not None and pool.parts:
+                samples.append(pool.joined(keyed))
+                pool.clear()
+                continue
             features = self.layouts[weight].features(weight)
             nothing = torch.zeros(0, dtype=torch.int64, device=weight.device)
-            return Sample(weight.detach().new_zeros(0, features), nothing, 0)
-        sample = pool.sample(keyed)
-        pool.clear()
-        return sample
+            samples.append(Sample(weight.detach().new_zeros(0, features), nothing, 0))
+        return samples
 
-    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """What the forward hook of a layer does."""
-        layout = self._modules.get(module)
-        weight = module._parameters.get("weight")
-        if layout is None or weight is None or weight not in self.layouts:
-            return
-        owner = self._owner()
-        if owner is None or not weight.requires_grad or not owner._wants_inputs(weight):
-            return
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-            return
-        node = output.grad_fn
-        features = weight.shape[0 if layout.transposed else -1]
-        conv = weight.dim() > 2
-        if node is None or not (conv or (x.dim() and x.shape[-1] == features)):
-            return  # not the layer's product of its weight with x
-        if self.process_group is None:
-            around = getattr(DistributedDataParallel, "_active_ddp_module", None)
-            self.process_group = around.process_group if around is not None else None
-
+    def _pool_of(self, weight: Tensor) -> _Pool:
+        """The pool of a weight, made when its first input comes."""
         pool = self._pools.get(weight)
         if pool is None:
-            pool = self._pools[weight] = _Pool()
-            commit = _Commit(weakref.ref(pool))
-            self._handles.append(weight.register_post_accumulate_grad_hook(commit))
-        # Not x itself: after x += layer(x) its graph holds this node, a cycle that nothing frees.
-        held = x.detach()
-        packed = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None
-        if packed:
-            # Checkpointing and offloading are to see it. A node of its own, since some releases of
-            # torch free what the layer's node saved with its output.
-            held = _Saved.apply(self._anchor, held)
-        use = _Use(self._self, weight, held, packed, _multiplied_dtype(x))
-        if conv:
-            use.conv, use.places = module, tuple(output.shape[2 - weight.dim() :])
-        node.register_prehook(use)
-
-    def _stage(self, use: _Use, x: Tensor) -> None:
-        """Take the rows of a use whose backward pass has begun."""
-        weight = use.weight
-        pool, owner = self._pools.get(weight), self._owner()
-        if pool is None or owner is None:
-            return
-        if pool.arrived and weight.grad is None:
-            pool.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
-        if pool.seed is None:
-            pool.capacity, numbers = owner._sample_plan(weight)
-            group = self.process_group
-            rank = 0 if group is None else dist.get_rank(group)
-            pool.seed = stream_seed(*numbers, rank)
-        task, start = _current_task(), pool.total
-        if pool.staged:
-            pool.staged = [part for part in pool.staged if part.task == task]
-            start += sum(part.count for part in pool.staged)
-        count = use.count(x)
-        keys = index = None
-        if count > pool.capacity:
-            stream = _stream(x.device) if x.is_cuda else None
-            index, keys = self._chosen(pool.seed, start, count, pool.capacity, x.device, stream)
-        pool.staged.append(_Part(task, start, count, use.rows(x, count, index), keys))
+            pool = self._pools[weight] = _Pool(self._self, weight)
+            self._handles.append(weight.register_post_accumulate_grad_hook(_Commit(pool.ref)))
+        return pool
 
     def _chosen(
         self,
@@ -259,7 +216,7 @@ class Capture:
         if found is None:
             keys = stream_keys(seed, start, count, device)
             index = smallest(keys, size)
-            found = (index, keys[index])
+            found = (index, keys.index_select(0, index))
             if len(self._choices) >= _MAX_CHOICES:
                 self._choices.clear()
             self._choices[name] = found
@@ -275,22 +232,72 @@ def _untraced(call: Callable[..., None], *args: Any) -> None:
     call(*args)
 
 
-class _ForwardHook:
-    """Tells its capture of a forward pass, if that still lives. A copy tells nobody."""
+def _nobody() -> None:
+    """In place of a weak reference whose object is gone."""
 
-    def __init__(self, capture: Capture | None = None) -> None:
-        self._capture = None if capture is None else weakref.ref(capture)
+
+class _ForwardHook:
+    """Tells a capture of its module's forward passes, if both live. A copy tells nobody."""
+
+    __slots__ = ("capture", "features_at", "module", "pool")
+
+    def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
+        self.capture = _nobody if capture is None else capture._self
+        self.module = _nobody if module is None else weakref.ref(module)
+        self.features_at = -1  # the weight's dimension that is as long as x
+        #: Of the weight last seen, until the next survey: so long its inputs are wanted.
+        self.pool: Callable[[], _Pool | None] = _nobody
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
-            _untraced(self._tell, module, args, kwargs, output)
+            _untraced(self._see, module, args, kwargs, output)
         elif module.training and torch.is_grad_enabled():
-            self._tell(module, args, kwargs, output)
+            self._see(module, args, kwargs, output)
 
-    def _tell(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        capture = None if self._capture is None else self._capture()
-        if capture is not None and module.training and torch.is_grad_enabled():
-            capture._see(module, args, kwargs, output)
+    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        capture = self.capture()
+        if capture is None or self.module() is not module:
+            return
+        pool, weight = self.pool(), module._parameters.get("weight")
+        if pool is None or pool.weight is not weight:
+            if weight is None or weight not in capture.layouts:
+                return
+            pool = None
+        group = None if pool is None else pool.group
+        if group is None:
+            owner = capture._owner()
+            group = None if owner is None else owner._group_of(weight)
+        if group is None or group["decay"] == 0 or not weight.requires_grad:
+            return
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            return
+        node, conv = output.grad_fn, weight.dim() > 2
+        if node is None:
+            return
+        if not conv and (not x.dim() or x.shape[-1] != weight.shape[self.features_at]):
+            return  # not the layer's product of its weight with x
+        if capture.process_group is None:
+            around = getattr(DistributedDataParallel, "_active_ddp_module", None)
+            capture.process_group = around.process_group if around is not None else None
+        if pool is None:
+            pool = capture._pool_of(weight)
+            self.pool = pool.ref
+        pool.group = group
+
+        # Not x itself: after x += layer(x) its graph holds this node, a cycle that nothing frees.
+        held = x.detach()
+        packed = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None
+        if packed:
+            # Checkpointing and offloading are to see it. A node of its own, since some releases of
+            # torch free what the layer's node saved with its output.
+            held = _Saved.apply(capture._anchor, held)
+        if conv:
+            use = _PatchesUse(pool.ref, held, packed, _multiplied_dtype(x))
+            use.conv, use.places = module, tuple(output.shape[2 - weight.dim() :])
+            node.register_prehook(use)
+        else:
+            node.register_prehook(_Use(pool.ref, held, packed, _multiplied_dtype(x)))
 
     def __reduce__(self) -> Any:  # copy.deepcopy asks here too
         return _ForwardHook, ()
@@ -328,22 +335,15 @@ class _Saved(torch.autograd.Function):
 class _Use:
     """One call of a layer ``y = W x``. Called when the backward pass reaches it."""
 
-    __slots__ = ("capture", "conv", "dtype", "packed", "places", "version", "weight", "x")
+    __slots__ = ("dtype", "packed", "pool", "version", "x")
 
     def __init__(
-        self,
-        capture: Callable[[], Capture | None],
-        weight: Tensor,
-        x: Any,
-        packed: bool,
-        dtype: torch.dtype,
+        self, pool: Callable[[], _Pool | None], x: Any, packed: bool, dtype: torch.dtype
     ) -> None:
-        self.capture, self.weight = capture, weight
+        self.pool = pool
         self.x = x  # the input, or the output of the node that saved it
         self.packed, self.dtype = packed, dtype
         self.version = None if packed or x.is_inference() else x._version
-        self.conv: Any = None  # a convolution, and
-        self.places: tuple[int, ...] = ()  # those of its output
 
     def __call__(self, _: Any) -> None:
         if torch.compiler.is_compiling():
@@ -352,10 +352,10 @@ class _Use:
             self._arrive()
 
     def _arrive(self) -> None:
-        capture, x = self.capture(), self.x
+        pool, x = self.pool(), self.x
         if _graph_is_kept is not None and not _graph_is_kept():
             self.x = None
-        if capture is None or x is None:
+        if pool is None or x is None:
             return
         if self.packed:
             x = x.grad_fn.saved_tensors[0]
@@ -367,30 +367,33 @@ class _Use:
             )
         if torch.is_grad_enabled():
             with torch.no_grad():
-                capture._stage(self, x)
+                pool.stage(self, x)
         else:
-            capture._stage(self, x)
+            pool.stage(self, x)
 
     def count(self, x: Tensor) -> int:
         """How many rows this input has."""
-        if self.conv is not None:
-            batch = x.shape[0] if x.dim() == len(self.places) + 2 else 1
-            return batch * math.prod(self.places)
-        features = x.shape[-1]
-        return x.numel() // features if features else math.prod(x.shape[:-1])
+        return math.prod(x.shape[:-1])
 
     def rows(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
-        """The rows at ``index``, or all ``count``: a copy, as the layer multiplied them."""
-        if self.conv is not None:
-            return self._patches(x, count, index).to(self.dtype)
+        """A copy of the rows at ``index``, or of all ``count``."""
         if x.dim() != 2:
             x = x.reshape(count, x.shape[-1])
-        if index is None:
-            return x.to(self.dtype, copy=True)
-        rows = x.index_select(0, index)
-        return rows if rows.dtype is self.dtype else rows.to(self.dtype)
+        return x.to(self.dtype, copy=True) if index is None else x.index_select(0, index)
 
-    def _patches(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
+
+class _PatchesUse(_Use):
+    """One call of a convolution ``conv``, whose output had ``places``."""
+
+    __slots__ = ("conv", "places")
+    conv: Any
+    places: tuple[int, ...]
+
+    def count(self, x: Tensor) -> int:
+        batch = x.shape[0] if x.dim() == len(self.places) + 2 else 1
+        return batch * math.prod(self.places)
+
+    def rows(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
         """What the kernel covered at these places of the output, each flattened to a row."""
         conv = self.conv
         dims = len(self.places)
@@ -416,11 +419,15 @@ class _Use:
 
 @dataclass(slots=True)
 class _Part:
-    """Rows of one use; without keys they are all of its rows, from ``start`` on."""
+    """Rows of one use, which its layer multiplied in ``dtype``.
+
+    Without keys they are all of its rows, from ``start`` on.
+    """
 
     task: int
     start: int
     count: int
+    dtype: torch.dtype
     rows: Tensor
     keys: Tensor | None
 
@@ -433,7 +440,10 @@ class _Part:
 class _Pool:
     """The inputs of one weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, capture: Callable[[], Capture | None], weight: Tensor) -> None:
+        self.capture, self.weight = capture, weight
+        self.ref = weakref.ref(self)
+        self.group: dict[str, Any] | None = None  # the weight's, until it may have changed
         self.capacity = 0
         self.seed: int | None = None
         self.total = 0  # committed
@@ -443,10 +453,36 @@ class _Pool:
         self.staged: list[_Part] = []
 
     def clear(self, staged: bool = True) -> None:
-        """Forget what was committed; and what was staged."""
+        """Forget what was committed; and what was staged, and by which choice."""
         self.total, self.kept, self.arrived, self.parts = 0, 0, False, []
         if staged:
             self.staged, self.seed = [], None
+
+    def stage(self, use: _Use, x: Tensor) -> None:
+        """Take the rows of a use whose backward pass has begun."""
+        capture = self.capture()
+        if capture is None:
+            return
+        if self.arrived and self.weight.grad is None:
+            self.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
+        if self.seed is None:
+            owner, ranks = capture._owner(), capture.process_group
+            group = None if owner is None else self.group or owner._group_of(self.weight)
+            if owner is None or group is None:
+                return
+            self.capacity, numbers = owner._sample_plan(self.weight, group)
+            self.seed = stream_seed(*numbers, 0 if ranks is None else dist.get_rank(ranks))
+        task, start = _current_task(), self.total
+        if self.staged:
+            self.staged = [part for part in self.staged if part.task == task]
+            start += sum(part.count for part in self.staged)
+        count = use.count(x)
+        keys = index = None
+        if count > self.capacity:
+            stream = _stream(x.device) if x.is_cuda else None
+            index, keys = capture._chosen(self.seed, start, count, self.capacity, x.device, stream)
+        rows = use.rows(x, count, index)
+        self.staged.append(_Part(task, start, count, use.dtype, rows, keys))
 
     def commit(self) -> None:
         """The gradient of what this backward pass has staged has arrived."""
@@ -461,15 +497,33 @@ class _Pool:
         if self.kept > self.capacity:
             with torch.no_grad():
                 rows, keys, _ = thinned(self.sample(keyed=True), self.capacity)
-            self.parts = [_Part(task, 0, self.total, rows, keys)]
+            self.parts = [_Part(task, 0, self.total, rows.dtype, rows, keys)]
             self.kept = rows.shape[0]
 
     def sample(self, keyed: bool) -> Sample:
-        """All committed rows."""
+        """All committed rows, as they were multiplied."""
+        _cast(self.parts)
+        return self.joined(keyed)
+
+    def joined(self, keyed: bool) -> Sample:
+        """All committed rows, which have been cast."""
         assert self.seed is not None
         rows = _joined([part.rows for part in self.parts])
         keys = [part.keyed(self.seed) for part in self.parts] if keyed else []
         return Sample(rows, _joined(keys) if keys else _NO_KEYS, self.total)
+
+
+def _cast(parts: list[_Part]) -> None:
+    """Bring rows to the dtypes in which they were multiplied: of many layers in few launches."""
+    kinds: dict[Any, list[_Part]] = {}
+    for part in parts:
+        if part.rows.dtype is not part.dtype:
+            kinds.setdefault((part.rows.device, part.rows.dtype, part.dtype), []).append(part)
+    for (_, _, dtype), members in kinds.items():
+        before = [part.rows for part in members]
+        for part in members:
+            part.rows = torch.empty_like(part.rows, dtype=dtype)
+        torch._foreach_copy_([part.rows for part in members], before)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -484,7 +538,8 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 def _multiplied_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a layer multiplies this input: autocast's, where that is on."""
-    dtype, kind = x.dtype, "cuda" if x.is_cuda else x.device.type
+    dtype = x.dtype
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
         return torch.get_autocast_dtype(kind)
     return dtype

@@ -141,7 +141,7 @@ def subtracted_terms(
     weights: list[Tensor], taken: list[Inputs | None], group: dict[str, Any], foreach: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """``rules.input_decay`` of each weight that has inputs, with the weight."""
-    pairs = [(w, x) for w, x in zip(weights, taken) if x is not None and len(x.rows)]
+    pairs = [(w, x) for w, x in zip(weights, taken) if x is not None and x.rows.shape[0]]
     found: list[tuple[Tensor, Tensor]] = []
     batched: list[tuple[Tensor, Inputs]] = []
     for weight, given in pairs:
@@ -168,13 +168,16 @@ def _batches_of_terms(
     weights: list[Tensor], taken: list[Inputs], group: dict[str, Any]
 ) -> Iterator[tuple[list[int], Tensor, tuple[Tensor, ...]]]:
     """For weights of one kind at a time: which, their step sizes, and their decay's terms."""
-    kinds: dict[Any, dict[Any, list[int]]] = {}
+    alike: dict[Any, list[int]] = {}
     for i, (weight, given) in enumerate(zip(weights, taken)):
         rows = given.rows
         # What one vector of step sizes can hold, and of it what one batch of products can.
         vector = weight.dtype, weight.device, rows.dtype, _kind(given.count), _kind(given.scale)
         batch = weight.shape, rows.shape, given.layout.transposed
-        kinds.setdefault(vector, {}).setdefault(batch, []).append(i)
+        alike.setdefault((vector, batch), []).append(i)
+    kinds: dict[Any, dict[Any, list[int]]] = {}
+    for (vector, batch), members in alike.items():
+        kinds.setdefault(vector, {})[batch] = members
     for batches in kinds.values():
         every = [i for members in batches.values() for i in members]
         chosen, inputs = _at(every, weights, taken)

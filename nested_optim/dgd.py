@@ -114,6 +114,7 @@ class DGD(NestedOptimizer):
     def _watch_nothing(self) -> None:
         self._capture = None
         self._owners: dict[Tensor, dict[str, Any]] = {}
+        self._owned: list[int] = []  # what the owners were made of; they keep it alive
         self._direct: dict[Tensor, Inputs] = {}  # of this step's gradients
         self._used: list[Inputs | None] = []  # by the update in progress
 
@@ -277,15 +278,21 @@ class DGD(NestedOptimizer):
         return Capture(self, model, process_group)
 
     def _own_parameters(self) -> None:
-        self._owners = {p: group for group in self.param_groups for p in group["params"]}
+        groups = self.param_groups
+        # By identity: each step asks, and looking up every tensor takes longer.
+        owned = [n for g in groups for n in (id(g), *map(id, g["params"]))]
+        if owned != self._owned:
+            self._owned = owned
+            self._owners = {p: group for group in groups for p in group["params"]}
+            if self._capture is not None:
+                self._capture.regroup()
 
-    def _wants_inputs(self, weight: Tensor) -> bool:
-        group = self._owners.get(weight)
-        return group is not None and group["decay"] != 0
+    def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
+        return self._owners.get(weight)
 
-    def _sample_plan(self, weight: Tensor) -> tuple[int, tuple[int, ...]]:
+    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, tuple[int, ...]]:
         # What seeds the choice is state, so a run that was resumed makes the same choices.
-        state, group = self.state.get(weight, _NO_STATE), self._owners[weight]
+        state = self.state.get(weight, _NO_STATE)
         # Without a window its count is 0, and one read less at every layer.
         waiting = int(state["window_count"]) if "window_sum" in state else 0
         windowed = group["frequency"] > 1 or waiting > 0
@@ -351,9 +358,8 @@ class DGD(NestedOptimizer):
         # A layer's inputs may all have been another rank's.
         if capture.ranks() > 1 and capture.any_arrived():
             return
-        layouts = capture.layouts
-        for p in params:
-            if p in layouts and not capture.arrived(p):
+        for p in filter(capture.layouts.__contains__, params):
+            if not capture.arrived(p):
                 raise RuntimeError(
                     f"no input was captured for {self._label_of(group, p)}, although it has a "
                     "gradient. Was its layer in eval mode, its weight used without calling the "
@@ -386,10 +392,12 @@ class DGD(NestedOptimizer):
         if capture is None or group["decay"] == 0:
             return
         chosen: dict[bool, list[Tensor]] = {False: [], True: []}
-        for p in params:
-            if p in capture.layouts:
-                chosen[self._is_windowed(p, group)].append(p)
+        always = group["frequency"] > 1
+        for p in filter(capture.layouts.__contains__, params):
+            chosen[always or self._pending(p)].append(p)
         for windowed, ours in chosen.items():
+            if not ours:
+                continue
             dtypes = [self._state_dtype(p, group) for p in ours] if capture.ranks() > 1 else []
             size = group["window_samples" if windowed else "max_tokens"]
             for p, sample in zip(ours, inputs.take(capture, ours, dtypes, size, windowed)):
@@ -398,17 +406,19 @@ class DGD(NestedOptimizer):
                 else:
                     self._direct[p] = inputs.for_update(capture, p, group, sample)
 
-    def _inputs_of_update(self, param: Tensor, group: dict[str, Any]) -> Inputs | None:
-        if param in self._direct:
-            return self._direct.pop(param)
-        state = self.state[param]
-        window = inputs.read_window(state) if "samples" in state else None
+    def _inputs_of_window(self, param: Tensor, group: dict[str, Any]) -> Inputs | None:
+        window = inputs.read_window(self.state[param])
         if window is None or group["decay"] == 0 or self._capture is None:
             return None
         return inputs.for_update(self._capture, param, group, *window)
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        given = [self._inputs_of_update(p, group) for p in params]
+        states = list(map(self.state.__getitem__, params))
+        given = [self._direct.pop(p, None) for p in params]
+        windowed = [i for i, state in enumerate(states) if "samples" in state]
+        for i in windowed:
+            if given[i] is None:
+                given[i] = self._inputs_of_window(params[i], group)
         if group["base"] == "adamw":
             self._used = given
             try:
@@ -416,11 +426,9 @@ class DGD(NestedOptimizer):
             finally:
                 self._used = []
         else:
-            self._descend(group, params, grads, given)
-        for p in params:
-            state = self.state[p]
-            if "samples" in state:
-                inputs.empty_window(state)
+            self._descend(group, params, grads, given, states)
+        for i in windowed:
+            inputs.empty_window(states[i])
 
     def _run(
         self,
@@ -447,12 +455,12 @@ class DGD(NestedOptimizer):
         params: list[Tensor],
         grads: list[Tensor],
         given: list[Inputs | None],
+        states: list[dict[str, Any]],
     ) -> None:
         """The update of ``base="sgd"``, in the wider of the parameter's dtype and its state's."""
         work, comps = list(params), []
         if group["state_dtype"] is not None or group["kahan_sum"]:
-            for i, p in enumerate(params):
-                state = self.state[p]
+            for i, (p, state) in enumerate(zip(params, states)):
                 self._init_state(p, group, state)  # kahan_sum may have been switched on in mid-run
                 dtype = torch.promote_types(p.dtype, self._state_dtype(p, group))
                 comp = state.get("kahan_comp") if group["kahan_sum"] else None
@@ -462,7 +470,7 @@ class DGD(NestedOptimizer):
                     dtype = torch.promote_types(dtype, torch.float32)
                     work[i] = rules.kahan_join(p, comp, dtype)
                 comps.append(comp)
-        steps = [self.state[p]["step"] for p in params]
+        steps = [state["step"] for state in states]
         grads = [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, work)]
         run = _multi_tensor_dgd if self._uses_foreach(group, work) else _single_tensor_dgd
         run(work, grads, given, steps, group)
@@ -543,9 +551,10 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
     **Cost.** At most two products of ``(outputs, inputs, n)`` for n inputs, beside three of the
     whole batch in the layer's own forward and backward pass; fewer where forming :math:`S` is less
     work, ``batch="exact"`` solves a linear system besides. Between backward pass and step up to
-    ``max_tokens`` inputs of each layer are kept, in the dtype that the layer multiplied
-    (autocast's, where that is on; on several ranks and in windows the parameter's, or
-    ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on average, and noisy.
+    ``max_tokens`` inputs of each layer are kept, in their own dtype or the one that the layer
+    multiplied (autocast's, where that is on), which the step takes (on several ranks and in windows
+    the parameter's, or ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on
+    average, and noisy.
 
     Args:
         params (nn.Module or iterable): the model, all of whose parameters are trained; or

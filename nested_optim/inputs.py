@@ -18,7 +18,7 @@ from .capture import Capture, Layout
 from .samples import EMPTY, Sample, across_ranks, padded
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Inputs:
     """What ``rules.dgd`` takes of a weight's inputs, and how the weight is a matrix."""
 
@@ -36,7 +36,7 @@ def take(
     Where there are several ranks, rows come in ``dtypes`` and fill exactly ``size`` places.
     """
     ranks = capture.ranks()
-    samples = [capture.take(p, keyed or ranks > 1) for p in params]
+    samples = capture.take(params, keyed or ranks > 1)
     if ranks == 1 or not params:
         return samples
     typed = [s._replace(rows=s.rows.to(dtype)) for s, dtype in zip(samples, dtypes)]
@@ -48,7 +48,7 @@ def for_update(
 ) -> Inputs:
     """What an update takes, from a sample of the inputs that came with ``steps`` gradients."""
     total: Any = sample.total
-    count: Any = len(sample.rows)
+    count: Any = sample.rows.shape[0]
     if isinstance(total, Tensor):  # and there may be places without a row
         wide = torch.promote_types(param.dtype, torch.float32)
         total = total.to(wide)

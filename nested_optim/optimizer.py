@@ -396,6 +396,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
         """
         work = []
         fresh = False
+        state_of, strided = self.state.get, torch.strided
         for at, group in enumerate(self.param_groups):
             self._check_edits(group, f"{self._group_label(at, group)}: ")
             params, grads = [], []
@@ -403,13 +404,13 @@ class LevelOptimizer(Optimizer, abc.ABC):
                 grad = p.grad
                 if grad is None or (skip and p in skip):
                     continue
-                if grad.layout is not torch.strided:
+                if grad.layout is not strided:
                     raise RuntimeError(
                         f"{type(self).__name__} does not support sparse gradients, but "
                         f"{self._param_label(group, i)} has one ({grad.layout}); build its module "
                         "with sparse=False, or give that parameter torch.optim.SparseAdam"
                     )
-                if not self.state.get(p):
+                if not state_of(p):
                     fresh = True
                     self._check_parameter(p, group, self._param_label(group, i))
                 params.append(p)

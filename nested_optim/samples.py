@@ -65,7 +65,8 @@ def thinned(sample: Sample, size: int) -> Sample:
     if len(sample.rows) <= size:
         return sample
     chosen = smallest(sample.keys, size)
-    return Sample(sample.rows[chosen], sample.keys[chosen], sample.total)
+    rows, keys = (t.index_select(0, chosen) for t in sample[:2])
+    return Sample(rows, keys, sample.total)
 
 
 def padded(sample: Sample, size: int) -> Sample:

@@ -36,12 +36,14 @@ def advance(
     frequency = group["frequency"]
     direct: list[tuple[Tensor, Tensor]] = []  # a window of one gradient needs no sum
     windowed: list[tuple[Tensor, Tensor]] = []
-    on_host = not group["capturable"]
+    on_host, state_of = not group["capturable"], optimizer.state
     for p, grad in zip(params, grads):
-        state = optimizer.state[p]
-        if "window_count" not in state or state["window_count"].is_cpu != on_host or frequency > 1:
+        state = state_of[p]
+        counter = state.get("window_count")
+        if counter is None or counter.is_cpu != on_host or frequency > 1:
             state = optimizer._begin(p, group)
-        if p in probes:  # whatever a rule counts beside its updates must not count this one
+        if probes and p in probes:
+            # Whatever a rule counts beside its updates must not count this one.
             state["step"] += 1
         elif "window_sum" not in state:
             direct.append((p, grad))

@@ -424,6 +424,60 @@ def test_groups_without_decay_capture_nothing():
     optimizer.step()
 
 
+def test_options_that_are_edited_between_passes_hold_for_the_next_one():
+    model = mlp()
+    optimizer = DGD(model, 0.1, max_tokens=100)
+    group, x = optimizer.param_groups[0], randn(5, 4)
+    for _ in range(2):
+        train_step(model, optimizer, x)
+        group["decay"] = 0.0
+        model(x).sum().backward()
+        assert_nothing_captured(optimizer)
+        optimizer.step()
+        model.zero_grad()
+        group.update(decay=1.0, max_tokens=3)
+        model(x).sum().backward()
+        assert [len(captured(optimizer, model[i].weight)[0]) for i in (0, 2, 4)] == [3, 3, 3]
+        optimizer.zero_grad()
+        group["max_tokens"] = 100
+
+
+def test_a_weight_s_new_group_and_a_layer_s_new_weight_are_noticed():
+    model = mlp()
+    first, rest = list(model[0].parameters()), [*model[2].parameters(), *model[4].parameters()]
+    groups = [{"params": first, "decay": 0.0}, {"params": rest}]
+    optimizer, x = DGD(groups, 0.1, model=model), randn(5, 4)
+    train_step(model, optimizer, x)
+    moved = optimizer.param_groups[1]["params"].pop(0)
+    optimizer.param_groups[0]["params"].append(moved)
+    assert moved is model[2].weight
+    train_step(model, optimizer, x)  # a step looks where parameters are
+    model(x).sum().backward()
+    assert [captured(optimizer, model[i].weight) is None for i in (0, 2, 4)] == [True, True, False]
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())  # new groups, with the old options
+    optimizer.param_groups[0]["decay"] = 1.0
+    model(x).sum().backward()
+    assert captured(optimizer, model[0].weight)[1] == 5
+    optimizer.step()
+    optimizer.zero_grad()
+
+    old, model[4].weight = model[4].weight, nn.Parameter(model[4].weight.detach().clone())
+    model(x).sum().backward()
+    assert captured(optimizer, old) is None and captured(optimizer, model[4].weight) is None
+    optimizer.zero_grad()
+    model[4].weight = old
+    train_step(model, optimizer, x)
+    model.append(nn.Linear(2, 2, dtype=torch.float64))
+    optimizer.add_param_group({"params": model[5].parameters()})
+    model[5].tied = old  # used in a way that is not seen: no longer a weight with inputs
+    optimizer._capture.survey()
+    model(x).sum().backward()
+    assert captured(optimizer, old) is None
+    assert captured(optimizer, model[5].weight)[1] == 5
+
+
 # ---------------------------------------------------------------------- precision
 
 
@@ -443,6 +497,21 @@ def test_under_autocast_inputs_are_what_the_layer_multiplied(kind):
     moment = rows.T @ rows / 5
     expected = before - 0.1 / (1 + 0.1 * moment.trace()) * (grad + before @ moment)
     torch.testing.assert_close(layer.weight.flatten(1), expected, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("max_tokens", [3, 7, 100])
+def test_calls_under_autocast_and_without_it_join_in_the_wider_dtype(max_tokens):
+    layer = nn.Linear(4, 3)
+    optimizer = DGD(layer, 0.1, max_tokens=max_tokens)
+    x = randn(5, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)
+    (narrow.float().sum() + layer(x).sum()).backward()
+    rows, total = captured(optimizer, layer.weight)
+    assert total == 10 and len(rows) == min(max_tokens, 10) and rows.dtype == torch.float32
+    every = torch.cat([x, x.bfloat16().float()])
+    assert (rows[:, None] == every).all(-1).sum(0).tolist().count(1) == len(rows)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
