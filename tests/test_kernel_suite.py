@@ -261,7 +261,7 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch):
     assert "has no Muon" in results["missing"]["torch-muon"]
     rows = results["models"]["gpt2"]["results"]
     assert rows["optimi"] == {"status": "not installed: pip install torch-optimi"}
-    assert rows[BASELINE]["status"] == rows["nested"]["status"] == "timed"
+    assert {rows[key]["status"] for key in (BASELINE, "nested", "m3")} == {"timed"}
     console = silent_console()
     report.print_results(console, {"machine": {}, **results})
     assert "heavyball AdamW: not installed: pip install heavyball" in printed(console)
@@ -579,7 +579,8 @@ def test_defaults_of_a_cpu_and_of_cuda():
     assert cli.default_models(CPU, quick=False) == ("resnet", "tiny")
     assert cli.default_models(torch.device("cuda", 0), quick=False) == tuple(MODELS)
     on_cuda = {c.key for c in contestants.field(torch.device("cuda", 0), ())}
-    assert on_cuda == {BASELINE, "nested", "nested-mix", "nested-foreach", "nested-foreach-mix"}
+    ours = {"nested", "nested-mix", "nested-foreach", "nested-foreach-mix", "m3"}
+    assert on_cuda == {BASELINE, *ours}
 
 
 def test_no_infinity_reaches_the_json(tmp_path: Path):

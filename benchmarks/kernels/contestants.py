@@ -17,7 +17,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
-from nested_optim import NestedOptimizer
+from nested_optim import M3, NestedOptimizer
 
 from .shapes import split_evenly
 
@@ -101,6 +101,10 @@ def torch_adamw(**flags: Any) -> Make:
     return lambda params, frequencies, options: AdamW(params, **options, **flags)
 
 
+def m3(params: list[Parameter], frequencies: list[int], options: Options) -> Optimizer:
+    return M3(params, lr=options["lr"], weight_decay=options["weight_decay"])
+
+
 def torch_muon(params: list[Parameter], frequencies: list[int], options: Options) -> Optimizer:
     muon: Any = getattr(torch.optim, "Muon")  # noqa: B009  (older releases have none)
     return muon(params, lr=options["lr"], weight_decay=options["weight_decay"])
@@ -163,6 +167,15 @@ OWN = (
         own=True,
         mixed=True,
         device_type="cpu",
+    ),
+    Contestant(
+        "m3",
+        "M3, matrices only",
+        m3,
+        own=True,
+        is_adamw=False,
+        select=matrices,
+        note="another rule, on the matrices only, checked and taken apart by the suite `matrices`",
     ),
 )
 
