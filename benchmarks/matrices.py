@@ -57,9 +57,9 @@ def contestants(device: torch.device) -> dict[str, Callable[[list[Parameter]], O
     return found
 
 
-def matrix_shapes(model: str, quick: bool) -> list[tuple[int, ...]]:
+def matrix_shapes(model: str, small: bool) -> list[tuple[int, ...]]:
     """The matrices of a model that are no token embeddings."""
-    shapes = MODELS[model].quick() if quick else MODELS[model].full()
+    shapes = MODELS[model].quick() if small else MODELS[model].full()
     return [size for name, size in shapes if len(size) == 2 and name not in _EMBEDDINGS]
 
 
@@ -269,13 +269,15 @@ def tables(models: dict[str, Any]) -> list[Table]:
     type=click.Path(file_okay=False, path_type=Path),
     default=RESULTS,
     show_default="benchmarks/results of this checkout",
-    help="Folder for matrices-<device's name>.json (with --quick matrices-quick.json).",
+    help="Folder for matrices-<device's name>.json (with --small ...-small.json, with --quick "
+    "matrices-quick.json).",
 )
+@click.option("--small", is_flag=True, help="Small matrices, which a CPU can take.")
 @click.option("--quick", is_flag=True, help="Small matrices, three samples: a look.")
 def matrices(
-    models: tuple[str, ...], seconds: float, device_name: str, out: Path, quick: bool
+    models: tuple[str, ...], seconds: float, device_name: str, out: Path, small: bool, quick: bool
 ) -> None:
-    """M3's step and its Newton-Schulz, beside torch's Muon. Without CUDA only --quick is short."""
+    """M3's step and its Newton-Schulz, beside torch's Muon; on a CPU with --small or --quick."""
     try:
         device = machine.pick_device(device_name)
     except ValueError as error:
@@ -290,7 +292,7 @@ def matrices(
         "models": {},
     }
     for name in models or ("gpt2", "llama"):
-        shapes = matrix_shapes(name, quick)
+        shapes = matrix_shapes(name, small or quick)
         document["models"][name] = {
             "matrices": len(shapes),
             "accuracy": {
@@ -299,7 +301,8 @@ def matrices(
             "forms": measure_forms(shapes, device, seconds),
             "steps": measure_steps(shapes, device, seconds),
         }
-    name = "matrices-quick" if quick else f"matrices-{machine.slug(device)}"
+    name = f"matrices-{machine.slug(device)}" + ("-small" if small else "")
+    name = "matrices-quick" if quick else name
     write_json(document, out / f"{name}.json")
     for table in tables(document["models"]):
         console.print(table)

@@ -82,6 +82,15 @@ def test_the_command_writes_ratios_and_accuracies(tmp_path):
     assert "Newton-Schulz alone" in result.output
 
 
+def test_small_matrices_have_a_file_of_their_own(tmp_path):
+    arguments = ["--small", "--seconds", "0", "--device", "cpu", "--model", "gpt2"]
+    result = CliRunner().invoke(suite.matrices, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    [written] = tmp_path.iterdir()
+    assert written.name.startswith("matrices-") and written.name.endswith("-small.json")
+    assert json.loads(written.read_text())["models"]["gpt2"]["matrices"] == 9
+
+
 def test_a_device_that_is_not_there_is_refused():
     result = CliRunner().invoke(suite.matrices, ["--device", "tpu"])
     assert result.exit_code == 2 and "is no device" in result.output
