@@ -70,10 +70,12 @@ def _multi_tensor_dgd(
     taken: list[Inputs | None],
     steps: list[Tensor],
     group: dict[str, Any],
+    kernel: Any = None,
 ) -> None:
     """Plain descent on lists of tensors; the rest in batches, or where those gain nothing by one.
 
-    A weight that no input has reached (a batch was empty) descends plainly.
+    A weight that no input has reached (a batch was empty) descends plainly. ``kernel`` moves the
+    weights of a batch in one launch (:class:`.kernels.descend.Descend`).
     """
     plain: list[int] = []
     batched: list[int] = []
@@ -91,7 +93,7 @@ def _multi_tensor_dgd(
     if batched:
         chosen, theirs, inputs, counters = _at(batched, params, grads, taken, steps)
         _count(counters)
-        _batched_dgd(chosen, theirs, inputs, group)
+        _batched_dgd(chosen, theirs, inputs, group, kernel)
     if not plain:
         return
     lr, weight_decay = to_scalar(group["lr"]), group["weight_decay"]
@@ -113,14 +115,22 @@ def _at(indices: list[int], *columns: list[Any]) -> list[list[Any]]:
 
 
 def _batched_dgd(
-    params: list[Tensor], grads: list[Tensor], taken: list[Inputs], group: dict[str, Any]
+    params: list[Tensor],
+    grads: list[Tensor],
+    taken: list[Inputs],
+    group: dict[str, Any],
+    kernel: Any,
 ) -> None:
     """``rules.dgd`` with ``batch="mean"``, in place: ``p <- p - e (g + wd p) - e decay p S``."""
     weight_decay = to_scalar(group["weight_decay"])
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
     sign = -1.0 if group["maximize"] else 1.0
-    for members, sizes, terms in _batches_of_terms(params, taken, group):
+    for members, sizes, stack in _batches_of_terms(params, taken, group):
         chosen, theirs = _at(members, params, grads)
+        if kernel is not None and kernel.serves(chosen, theirs, stack, sizes, weight_decay):
+            kernel(chosen, theirs, stack, sizes, weight_decay, sign)
+            continue
+        terms = stack.unbind(0)
         each, shrinks = sizes.unbind(0), (sizes * weight_decay).unbind(0) if decays else ()
         if chosen[0].dtype == sizes.dtype:
             if decays:
@@ -159,15 +169,15 @@ def subtracted_terms(
         found.append((weight, given.layout.unmatrix(term, weight)))
     if batched:
         chosen, inputs = map(list, zip(*batched))
-        for members, _, terms in _batches_of_terms(chosen, inputs, group):
-            found.extend((chosen[i], term) for i, term in zip(members, terms))
+        for members, _, stack in _batches_of_terms(chosen, inputs, group):
+            found.extend((chosen[i], term) for i, term in zip(members, stack.unbind(0)))
     return found
 
 
 def _batches_of_terms(
     weights: list[Tensor], taken: list[Inputs], group: dict[str, Any]
-) -> Iterator[tuple[list[int], Tensor, tuple[Tensor, ...]]]:
-    """For weights of one kind at a time: which, their step sizes, and their decay's terms."""
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """For weights of one shape at a time: which, their step sizes, their decay's terms stacked."""
     alike: dict[Any, list[int]] = {}
     for i, (weight, given) in enumerate(zip(weights, taken)):
         rows = given.rows
@@ -217,10 +227,8 @@ def _step_sizes(
     return sizes, sizes * strength
 
 
-def _terms(
-    weights: list[Tensor], taken: list[Inputs], factors: Tensor, forms: bool
-) -> tuple[Tensor, ...]:
-    """``e decay W S`` of weights of one shape, in the dtype of its products."""
+def _terms(weights: list[Tensor], taken: list[Inputs], factors: Tensor, forms: bool) -> Tensor:
+    """``e decay W S`` of weights of one shape, stacked, in the dtype of its products."""
     one, transposed = weights[0], taken[0].layout.transposed
     dtype = taken[0].rows.dtype
     dtype = dtype if dtype is torch.bfloat16 else factors.dtype
@@ -241,7 +249,7 @@ def _terms(
         terms = torch.bmm(rows.mT, torch.bmm(rows, matrices).mul_(factors))
     else:
         terms = torch.bmm(torch.bmm(matrices, rows.mT).mul_(factors), rows)
-    return (terms.view(stack.shape) if stack.dim() > 3 else terms).unbind(0)
+    return terms.view(stack.shape) if stack.dim() > 3 else terms
 
 
 def _together(numbers: list[Any]) -> Any:

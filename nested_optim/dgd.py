@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from . import inputs, rules
+from . import inputs, kernels, rules
 from .capture import Capture
 from .descent import _multi_tensor_dgd, _single_tensor_dgd, subtracted_terms
 from .fused import Work
@@ -472,13 +472,27 @@ class DGD(NestedOptimizer):
                 comps.append(comp)
         steps = [state["step"] for state in states]
         grads = [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, work)]
-        run = _multi_tensor_dgd if self._uses_foreach(group, work) else _single_tensor_dgd
-        run(work, grads, given, steps, group)
+        if self._uses_foreach(group, work):
+            _multi_tensor_dgd(work, grads, given, steps, group, self._kernel_of(group, work))
+        else:
+            _single_tensor_dgd(work, grads, given, steps, group)
         for p, new, comp in zip(params, work, comps):
             if comp is not None:
                 comp.copy_(rules.kahan_split(new, comp.dtype)[1])
             if new is not p:
                 p.copy_(new)
+
+    _descending: Any = None
+
+    def _kernel_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
+        """What moves the weights of a batch in one launch; None where torch's operations do."""
+        if group["foreach"] is not None or not params or not kernels.available(params[0].device):
+            return None
+        if self._descending is None:
+            from .kernels.descend import Descend  # Triton is there
+
+            self._descending = Descend()
+        return self._descending
 
     # ------------------------------------------------------------------ checkpoints and copies
 

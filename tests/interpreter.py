@@ -11,6 +11,7 @@ from nested_optim import kernels
 #: Every module of kernels: one of them may call another's.
 MODULES = (
     "delta",
+    "descend",
     "exchange",
     "learned_adamw",
     "learned_networks",

@@ -126,6 +126,20 @@ def test_the_exchange_compiles_to_accesses_of_16_bytes(dtypes, gated, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("param, grad", [(F32, F32), (BF16, BF16)])
+def test_dgds_descent_compiles_to_accesses_of_16_bytes(param, grad, monkeypatch):
+    module = without_interpreter("nested_optim.kernels.descend", monkeypatch)
+    kinds = {"addresses": "*i64", "terms": "*bf16", "sizes": "*fp32", "numel": "i32"}
+    kinds |= {"weight_decay": "fp32", "sign": "fp32"}
+    constants = {"PARAM": module.DTYPES[param], "GRAD": module.DTYPES[grad]}
+    constants |= {"ALIGNED": True, "EVEN": True, "CHUNK": module.CHUNK}
+    lines = lines_of_ptx(module.descend_kernel, kinds, constants, module.NUM_WARPS)
+    for access, least in (("ld.global", 2), ("st.global", 1)):  # terms: by what a launch knows
+        wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
+        assert len(wide) >= least
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F32, F32), (F16, BF16, F32)])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_delta_momentums_passes_compile_to_accesses_of_16_bytes(dtypes, on_device, monkeypatch):
