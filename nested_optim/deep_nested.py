@@ -102,7 +102,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             ``meta_update_freq`` steps, in explicit mode, on the batches of :meth:`observe_batch`.
             Not saved, like any hook.
         fused (bool): with the learned parts on, whether to use the kernels, where there is Triton
-            and a CUDA device: in one pass over memory a step learns and updates, with 36 bytes per
+            and a CUDA device: in one pass over memory a step learns and updates, with 32 bytes per
             parameter in float32 and 8 more per slow momentum. The first update of a parameter, and
             tensors that the kernels do not know, go the other paths. For all groups alike, in
             ``mode="simple"``, with at most three momenta and 128 units in a layer (default: None,
@@ -120,7 +120,8 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
     learned parts off.
 
     State, beside NestedOptimizer's: ``exp_avg_slow1``, ... for slow momenta; in simple mode
-    ``previous_grad`` and ``update_trace`` (16 numbers). In ``param_groups[0]``: flat float32
+    ``previous_grad`` (bfloat16 where moments are float32: only learning reads it, and only in
+    products) and ``update_trace`` (16 numbers). In ``param_groups[0]``: flat float32
     tensors ``<part>_weights``, ``_exp_avg``, ``_exp_avg_sq`` and ``_grad`` (gathered since the last
     meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``global_step`` and
     ``meta_updates``. Saving anywhere and going on is bit for bit the same. Batches kept for the
@@ -241,7 +242,6 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
                 lambda _: self.meta_update(val_batch_fn()), every=meta_update_freq
             )
 
-    _moment_keys = (*NestedOptimizer._moment_keys, "previous_grad")
     _wide_keys = (*NestedOptimizer._wide_keys, *options.SLOW_KEYS)
     _learned_keys = learned.KEYS
 
@@ -359,14 +359,31 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             if key not in state:
                 state[key] = empty(dtype=self._window_dtype(param, group))
         if self._traces(group) and "update_trace" not in state:
-            state["previous_grad"] = empty(dtype=self._state_dtype(param, group))
+            state["previous_grad"] = empty(dtype=self._kept_grad_dtype(param, group))
             state["update_trace"] = simple.empty_trace(param)
+
+    def _kept_grad_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Of ``previous_grad``: products are all that is made of it, so 8 bits of it are enough."""
+        dtype = self._state_dtype(param, group)
+        return torch.bfloat16 if dtype == torch.float32 else dtype
 
     def _counts_on_device(self, group: dict[str, Any]) -> bool:
         # A learned step is counted on the host, which tells the kernels.
         return options.is_plain(group) and super()._counts_on_device(group)
 
+    def _state_shape(
+        self, param: Tensor, group: dict[str, Any], key: str
+    ) -> tuple[int, ...] | None:
+        same = key == "previous_grad"
+        return tuple(param.shape) if same else super()._state_shape(param, group, key)
+
     def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
+        if key == "previous_grad":
+            return (
+                super()
+                ._load_tensor(param, group, key, value)
+                .to(self._kept_grad_dtype(param, group))
+            )
         if key != "update_trace":
             return super()._load_tensor(param, group, key, value)
         if value.shape != (simple.TRACE,):

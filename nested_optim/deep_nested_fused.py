@@ -39,12 +39,13 @@ _dtype, _pointer = attrgetter("dtype"), Tensor.data_ptr
 
 
 def _state_keys(group: dict[str, Any], slow_keys: Sequence[str]) -> tuple[str, ...]:
-    """Where a parameter's state keeps what the pass goes over: moments, then slow momenta."""
-    moments = ["exp_avg", "previous_grad"]
+    """Where a parameter's state keeps what the pass goes over: the last gradient, moments, then
+    slow momenta."""
+    moments = ["exp_avg"]
     if group["normalize"]:
         moments.append("exp_avg_sq")
         moments += ["max_exp_avg_sq"] if group["amsgrad"] else []
-    return (*moments, *slow_keys)
+    return ("previous_grad", *moments, *slow_keys)
 
 
 def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
@@ -80,7 +81,7 @@ def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
                 or any(t.device != device for t in (param, grad, state["update_trace"], *tensors))
                 or any(t.dtype not in kernels.DTYPES for t in (param, grad, *tensors))
                 or any(t.stride() != dense for t in (param, *tensors))
-                or len(set(map(_dtype, tensors[:n_moments]))) > 1
+                or len(set(map(_dtype, tensors[1:n_moments]))) > 1
                 or len(set(map(_dtype, tensors[n_moments:]))) > 1
             ):
                 return False
@@ -94,9 +95,9 @@ class _Launch:
     def __init__(self, plan: _Plan, at: list[int], kinds: tuple[torch.dtype, ...]) -> None:
         from .kernels.learned_adamw import KINDS, SPAN
 
-        param, grad, moment, slow = kinds
+        param, _, moment, _, _ = kinds
         wide = torch.promote_types(torch.promote_types(param, moment), torch.float32)
-        self.kinds = [KINDS[dtype] for dtype in (param, grad, moment, slow, wide)]
+        self.kinds = [KINDS[dtype] for dtype in (*kinds, wide)]
         spans = array("i")
         for i in at:
             plan.first_span[i] = len(spans)
@@ -138,7 +139,8 @@ class _Plan:
         for i, (param, grad_dtype, state) in enumerate(zip(self.params, self.grad_dtypes, states)):
             moment = state["exp_avg"].dtype
             slow = state[self.slow_keys[0]].dtype if self.slow_keys else moment
-            split.setdefault((param.dtype, grad_dtype, moment, slow), []).append(i)
+            last = state["previous_grad"].dtype
+            split.setdefault((param.dtype, grad_dtype, moment, last, slow), []).append(i)
         self.first_span = [0] * count
         self.launches = [_Launch(self, at, kinds) for kinds, at in split.items()]
 

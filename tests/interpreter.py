@@ -14,6 +14,7 @@ MODULES = (
     "descend",
     "exchange",
     "learned_adamw",
+    "learned_layers",
     "learned_networks",
     "level_adamw",
     "momenta",

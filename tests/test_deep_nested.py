@@ -122,12 +122,12 @@ def test_parts_that_are_off_have_no_tensors():
         assert all(first[k] is None for k in learned.KEYS[:-2] if k.split("_")[0] not in tensors)
 
 
-def test_one_momentum_costs_twelve_bytes_per_parameter():
+def test_one_momentum_costs_ten_bytes_per_parameter():
     params = make_params((1000, 100))
     optimizer = DeepNestedOptimizer(params, cms_frequencies=(1,))
     train(optimizer, params, [0, 1])
     held = sum(t.numel() * t.element_size() for t in optimizer.state[params[0]].values())
-    assert held <= 12 * params[0].numel() + 100
+    assert held <= 10 * params[0].numel() + 100
 
 
 # -------------------------------------------------------------------- use

@@ -39,7 +39,7 @@ def launches(modules, monkeypatch):
     launch = modules["learned_adamw"].launch_pass
 
     def counted(kind, grid, args):
-        found.append((args[14], args[15]))
+        found.append((args[15], args[16]))
         launch(kind, grid, args)
 
     monkeypatch.setattr(modules["learned_adamw"], "launch_pass", counted)
@@ -78,7 +78,9 @@ def assert_alike(optimizer, twin, rtol, of_learned=None):
             assert mine.keys() == its.keys()
             for key in mine:
                 assert mine[key].dtype == its[key].dtype
-                torch.testing.assert_close(mine[key], its[key], rtol=10 * rtol, atol=10 * rtol)
+                # The interpreter cuts what a device rounds.
+                bound = max(10 * rtol, 2**-7 if mine[key].dtype == BF16 else 0)
+                torch.testing.assert_close(mine[key], its[key], rtol=bound, atol=bound)
     first, other = optimizer.param_groups[0], twin.param_groups[0]
     of_learned = of_learned or 1e-6  # they are float32
     for key in learned.KEYS:

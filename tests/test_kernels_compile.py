@@ -201,10 +201,10 @@ def test_m3s_passes_compile_to_accesses_of_16_bytes(dtypes, slow, on_device, mon
 @pytest.mark.parametrize(
     "dtypes, slow, measure, update",
     [
-        ((F32, F32, F32, F32), 0, True, True),
-        ((BF16, BF16, F32, F32), 2, True, True),
-        ((F32, F32, F32, F32), 1, True, False),
-        ((F64, F64, F64, F64), 2, False, True),
+        ((F32, F32, F32, BF16, F32), 0, True, True),
+        ((BF16, BF16, F32, BF16, F32), 2, True, True),
+        ((F32, F32, F32, BF16, F32), 1, True, False),
+        ((F64, F64, F64, F64, F64), 2, False, True),
     ],
 )
 def test_the_learned_pass_compiles_to_accesses_of_16_bytes(
@@ -214,16 +214,16 @@ def test_the_learned_pass_compiles_to_accesses_of_16_bytes(
     wide = F64 if F64 in dtypes else F32
     kinds = {"spans": "*i32", "rows": "*i64", "addresses": "*i64"}
     kinds |= dict.fromkeys(("orders", "multipliers", "sums"), "*fp64")
-    roles = zip(("PARAM", "GRAD", "MOMENT", "SLOWKIND", "WIDE"), (*dtypes, wide))
+    roles = zip(("PARAM", "GRAD", "MOMENT", "LAST", "SLOWKIND", "WIDE"), (*dtypes, wide))
     constants = {role: module.KINDS[dtype] for role, dtype in roles}
     constants |= {"N_SLOW": slow, "NORMALIZE": True, "AMSGRAD": False}
     constants |= {"MEASURE": measure, "UPDATE": update}
     constants |= {"CHUNK": module.CHUNK, "SPAN": module.SPAN}
     lines = lines_of_ptx(module.pass_kernel, kinds, constants, module.NUM_WARPS)
-    # Both moments and slow ones; the last gradient, read or written; parameter and gradient, of
+    # Both moments and slow ones; parameter and gradient, and the last gradient, read or written, of
     # which a thread has 8 bytes where they are narrow.
-    own = dtypes[0] != BF16
-    loads, stores = 2 + slow + measure + 2 * own, 3 + slow + own
+    own, last = dtypes[0] != BF16, dtypes[3] != BF16
+    loads, stores = 2 + slow + measure * last + 2 * own, 2 + slow + last + own
     for access, least in (("ld.global", loads), ("st.global", stores * update)):
         found = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
         assert len(found) >= least

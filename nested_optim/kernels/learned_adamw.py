@@ -71,6 +71,7 @@ def _span(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
+    LAST: tl.constexpr,
     SLOWKIND: tl.constexpr,
     WIDE: tl.constexpr,
     N_SLOW: tl.constexpr,
@@ -85,7 +86,7 @@ def _span(
     g_at = _base(g_address, start, GRAD, FULL)
     p_at = _base(tl.load(row), start, PARAM, FULL)
     m_at = _base(tl.load(row + 1), start, MOMENT, FULL)
-    l_at = _base(tl.load(row + 4), start, MOMENT, FULL)
+    l_at = _base(tl.load(row + 4), start, LAST, FULL)
     v_at, x_at = m_at, m_at
     if NORMALIZE:
         v_at = _base(tl.load(row + 2), start, MOMENT, FULL)
@@ -162,7 +163,7 @@ def _span(
                 h_b += h * b
         if UPDATE:
             g = g * sign + penalty * p
-            _write(l_at + here, g, mask, MOMENT, FULL)
+            _write(l_at + here, g, mask, LAST, FULL)
             m = _lerp(m * keep, g, weight)
             _write(m_at + here, m, mask, MOMENT, FULL)
             n = m * fast + g * now
@@ -212,6 +213,7 @@ def pass_kernel(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
+    LAST: tl.constexpr,
     SLOWKIND: tl.constexpr,
     WIDE: tl.constexpr,
     N_SLOW: tl.constexpr,
@@ -246,13 +248,13 @@ def pass_kernel(
     sums += (tl.load(row + 10) + within) * 16
     if (left % CHUNK == 0) & (((tl.load(row + 13) | g_address) & 15) == 0):
         _span(
-            row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, SLOWKIND,
-            WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, CHUNK, True,
+            row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, LAST,
+            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, CHUNK, True,
         )  # fmt: skip
     else:
         _span(
-            row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, SLOWKIND,
-            WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, CHUNK, False,
+            row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, LAST,
+            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, CHUNK, False,
         )  # fmt: skip
 
 

@@ -11,101 +11,23 @@ import triton
 import triton.language as tl
 
 from .launcher import Launcher
+from .learned_layers import (
+    as_kept,
+    bounded,
+    finite,
+    log_size,
+    momentum_bounds,
+    momentum_paces,
+    network,
+    number_at,
+    power,
+    slope,
+    slow_weight,
+)
 
 #: Tensors per pass of a program's loop over a group, and spans per pass over a tensor's sums.
 BLOCK = 256
 NUM_WARPS = 8
-
-
-@triton.jit
-def _tanh(x):
-    # Exact to rounding, and 1 or -1 where the exponential overflows or is 0.
-    return 1 - 2 / (tl.exp(2 * x) + 1)
-
-
-@triton.jit
-def _log_size(norm, count):
-    return tl.log(norm / tl.sqrt(count) + 1e-12) / 10
-
-
-@triton.jit
-def _finite(x):
-    # A feature that is no number counts as 0, one that is infinite as its bound.
-    x = tl.where(x == x, x, 0.0)
-    return tl.minimum(tl.maximum(x, -3.0), 3.0)
-
-
-@triton.jit
-def _as_kept(x, KEPT: tl.constexpr):
-    # As the trace keeps it, from which its derivative will be taken.
-    return x.to(KEPT).to(tl.float64)
-
-
-@triton.jit
-def _bounded(x, low, high):
-    bound = tl.where(x < 0, -low, high)
-    return x / tl.sqrt(1 + (x / bound) * (x / bound))
-
-
-@triton.jit
-def _slope(x, low, high):
-    """The derivative of ``_bounded``."""
-    bound = tl.where(x < 0, -low, high)
-    root = tl.sqrt(1 + (x / bound) * (x / bound))
-    return 1 / (root * root * root)
-
-
-@triton.jit
-def _at(vector, k, lanes):
-    """The k-th number of a vector."""
-    return tl.sum(tl.where(lanes == k, vector, 0.0))
-
-
-@triton.jit
-def _hidden(
-    flat, x, IN: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr
-):
-    """Both hidden layers and up to three outputs of a network, for one row of 8 features."""
-    f = tl.arange(0, 8)
-    i = tl.arange(0, WIDTH)
-    tile = flat + i[:, None] * (IN + 1) + f[None, :]
-    known = (i[:, None] < HIDDEN) & (f[None, :] < IN)
-    matrix = tl.load(tile, mask=known, other=0.0).to(tl.float64)
-    bias = tl.load(flat + i * (IN + 1) + IN, mask=i < HIDDEN, other=0.0).to(tl.float64)
-    first = _tanh(tl.sum(matrix * x[None, :], axis=1) + bias)
-    flat += HIDDEN * (IN + 1)
-    tile = flat + i[:, None] * (HIDDEN + 1) + i[None, :]
-    known = (i[:, None] < HIDDEN) & (i[None, :] < HIDDEN)
-    matrix = tl.load(tile, mask=known, other=0.0).to(tl.float64)
-    bias = tl.load(flat + i * (HIDDEN + 1) + HIDDEN, mask=i < HIDDEN, other=0.0).to(tl.float64)
-    second = _tanh(tl.sum(matrix * first[None, :], axis=1) + bias)
-    flat += HIDDEN * (HIDDEN + 1)
-    out0 = _output(flat, second, i, HIDDEN)
-    out1, out2 = out0, out0
-    if OUT == 3:
-        out1 = _output(flat + HIDDEN + 1, second, i, HIDDEN)
-        out2 = _output(flat + 2 * (HIDDEN + 1), second, i, HIDDEN)
-    return first, second, out0, out1, out2
-
-
-@triton.jit
-def _output(flat, second, i, HIDDEN: tl.constexpr):
-    row = tl.load(flat + i, mask=i < HIDDEN, other=0.0).to(tl.float64)
-    return tl.sum(row * second) + tl.load(flat + HIDDEN).to(tl.float64)
-
-
-@triton.jit
-def _slow_weight(step, frequency, beta):
-    """``rules.deep_nested.slow_weight``."""
-    chunks = (step - 1) // frequency
-    inside = (step - chunks * frequency).to(tl.float64)
-    old = 1 - _power(beta, chunks)
-    return beta * old + (1 - beta) * inside / frequency
-
-
-@triton.jit
-def _power(beta, step):
-    return tl.where(step == 0, 1.0, tl.exp(step.to(tl.float64) * tl.log(beta)))
 
 
 @triton.jit
@@ -147,21 +69,20 @@ def _of_group(
     step = (tl.max(latest, axis=0) + 1).to(tl.float64)
     loss = tl.load(setting + 11)
     sign = tl.where(loss > 0, 1.0, tl.where(loss < 0, -1.0, loss))
-    x = tl.where(k == 0, _log_size(tl.sqrt(tl.sum(g_g)), elements), 0.0)
-    x = tl.where(k == 1, _log_size(tl.sqrt(tl.sum(p_p)), elements), x)
+    x = tl.where(k == 0, log_size(tl.sqrt(tl.sum(g_g)), elements), 0.0)
+    x = tl.where(k == 1, log_size(tl.sqrt(tl.sum(p_p)), elements), x)
     x = tl.where(k == 2, 2 * tl.load(setting + 7) - 1, x)
     x = tl.where(k == 3, tl.log(1 + step) / 10, x)
     x = tl.where(k == 4, sign * tl.log(1 + tl.abs(loss)) / 10, x)
     x = tl.where(k == 5, tl.load(setting + 12), x)
-    x = tl.where(k < 6, _finite(x), 0.0)
+    x = tl.where(k < 6, finite(x), 0.0)
     out = 1.0
     if LEARN_LR:
         tl.store(seen + pid * 8 + k, x.to(KEPT))
-        x = _as_kept(x, KEPT)
-        _, _, here, _, _ = _hidden(controller, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
-        _, _, there, _, _ = _hidden(controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
-        raw = tl.load(setting + 17) * (here - there)
-        out = tl.exp(_bounded(raw, tl.load(setting + 13), tl.load(setting + 14)))
+        x = as_kept(x, KEPT)
+        _, _, moved = network(controller, controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
+        raw = tl.load(setting + 17) * number_at(moved, 0, tl.arange(0, 4))
+        out = tl.exp(bounded(raw, tl.load(setting + 13), tl.load(setting + 14)))
     else:
         tl.store(seen + pid * 8 + k, tl.zeros([8], tl.float64).to(KEPT))
     tl.store(multipliers + pid, out)
@@ -204,47 +125,46 @@ def _of_tensor(
     scale, shift, damping = 1.0, 0.0, 0.0
     x = tl.zeros([8], tl.float64)
     if LEARN_MOMENTUM:
+        o = tl.arange(0, 4)
         trace = tl.load(row + 7).to(tl.pointer_type(KEPT)) + 12
         count = tl.load(row + 8).to(tl.float64)
-        x = tl.where(k == 0, _log_size(tl.load(trace).to(tl.float64), count), x)
-        x = tl.where(k == 1, _log_size(tl.load(trace + 1).to(tl.float64), count), x)
-        x = tl.where(k == 2, tl.load(trace + 2).to(tl.float64), x)
-        x = tl.where(k == 3, _log_size(tl.load(trace + 3).to(tl.float64), count), x)
-        x = _as_kept(tl.where(k < 4, _finite(x), 0.0), KEPT)
-        _, _, out0, out1, out2 = _hidden(momentum, x, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
-        _, _, at0, at1, at2 = _hidden(momentum_start, x, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
-        gain = tl.load(setting + 17)
-        out0 = gain * (out0 - at0) * tl.load(setting + 19)
-        out1 = gain * (out1 - at1) * tl.load(setting + 20)
-        out2 = gain * (out2 - at2) * tl.load(setting + 21)
-        scale = tl.exp(_bounded(out0, -tl.load(setting + 15), tl.load(setting + 15)))
-        shift = _bounded(out1, -tl.load(setting + 16), tl.load(setting + 16))
-        damping = _bounded(out2, -tl.load(setting + 22), tl.full([], 1.0, tl.float64))
+        x = tl.load(trace + k, mask=k < 4, other=0.0).to(tl.float64)
+        x = tl.where(k == 2, x, log_size(x, count))  # the third is a cosine
+        x = as_kept(tl.where(k < 4, finite(x), 0.0), KEPT)
+        _, _, moved = network(momentum, momentum_start, x, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
+        low, high = momentum_bounds(setting, o)
+        outs = bounded(momentum_paces(setting, o) * moved, low, high)
+        scale = tl.exp(number_at(outs, 0, o))
+        shift = number_at(outs, 1, o)
+        damping = number_at(outs, 2, o)
     tl.store(seen + (n_groups + tensor) * 8 + k, x.to(KEPT))
     tl.store(said + tensor * 4, scale)
     tl.store(said + tensor * 4 + 1, shift)
     tl.store(said + tensor * 4 + 2, damping)
 
     order = orders + tensor * 24
-    correction = 1 - _power(beta1, step)
+    # Of each decay rate the powers that are needed, at once.
+    powers = power(tl.where((k == 1) | (k == 2), beta2, beta1), tl.where(k == 2, last, step))
+    correction = 1 - number_at(powers, 0, k)
+    roots = tl.sqrt(1 - powers)
     w0 = 1.0
     if LEARN_MIXING:
         gain = tl.load(setting + 18)
-        w0 += _bounded(gain * tl.load(mixing).to(tl.float64), -1.0, 1.0)
+        w0 += bounded(gain * tl.load(mixing).to(tl.float64), -1.0, 1.0)
         if tensor == 0:
             tl.store(said + (tl.num_programs(0) - n_groups) * 4, w0)
         if N_SLOW > 0:
-            w1 = _bounded(gain * tl.load(mixing + 1).to(tl.float64), -1.0, 1.0)
+            w1 = bounded(gain * tl.load(mixing + 1).to(tl.float64), -1.0, 1.0)
             if tensor == 0:
                 tl.store(said + (tl.num_programs(0) - n_groups) * 4 + 1, w1)
-            tl.store(order + 4, w1 * (correction / _slow_weight(step, F1, beta1)))
+            tl.store(order + 4, w1 * (correction / slow_weight(step, F1, beta1)))
             tl.store(order + 6, tl.where((step - 1) % F1 == 0, beta1, 1.0))
             tl.store(order + 8, (1 - beta1) / F1)
         if N_SLOW > 1:
-            w2 = _bounded(gain * tl.load(mixing + 2).to(tl.float64), -1.0, 1.0)
+            w2 = bounded(gain * tl.load(mixing + 2).to(tl.float64), -1.0, 1.0)
             if tensor == 0:
                 tl.store(said + (tl.num_programs(0) - n_groups) * 4 + 2, w2)
-            tl.store(order + 5, w2 * (correction / _slow_weight(step, F2, beta1)))
+            tl.store(order + 5, w2 * (correction / slow_weight(step, F2, beta1)))
             tl.store(order + 7, tl.where((step - 1) % F2 == 0, beta1, 1.0))
             tl.store(order + 9, (1 - beta1) / F2)
     tl.store(order, 1 - damping)
@@ -252,8 +172,7 @@ def _of_tensor(
     tl.store(order + 2, w0 * scale)
     tl.store(order + 3, w0 * shift * correction)
     tl.store(order + 10, lr / correction)
-    tl.store(order + 11, tl.sqrt(1 - _power(beta2, step)))
-    tl.store(order + 12, tl.sqrt(1 - _power(beta2, last)))
+    tl.store(order + 10 + k, roots, mask=(k == 1) | (k == 2))
     tl.store(order + 13, beta2)
     tl.store(order + 14, tl.load(setting + 4))
     tl.store(order + 15, tl.load(setting + 6))
@@ -396,23 +315,24 @@ def learn_kernel(
         first = tl.load(row + 10)
         spans = tl.load(row + 11)
         tile = tl.zeros([BLOCK, 16], tl.float64)
-        for at in range(0, spans, BLOCK):
+        # Several loads are on their way at once: an embedding has thousands of spans.
+        for at in tl.range(0, spans, BLOCK, loop_unroll_factor=4):
             known = (at + r)[:, None] < spans
             tile += tl.load(sums + (first + at + r)[:, None] * 16 + c[None, :], known, 0.0)
         totals = tl.sum(tile, axis=0)
-        g_g = _at(totals, 0, c)
-        g_m = _at(totals, 1, c)
-        m_m = _at(totals, 2, c)
-        p_p = _at(totals, 3, c)
+        g_g = number_at(totals, 0, c)
+        g_m = number_at(totals, 1, c)
+        m_m = number_at(totals, 2, c)
+        p_p = number_at(totals, 3, c)
         sign = tl.load(setting + 6)
         trace = tl.load(row + 7).to(tl.pointer_type(KEPT))
         if LEARN:
             last = tl.load(steps + tensor)
             beta1 = tl.load(setting + 2)
-            correction = 1 - _power(beta1, last)
-            after = sign * _at(totals, 4, c)
-            fast = sign * _at(totals, 5, c) / correction
-            now = sign * _at(totals, 6, c)
+            correction = 1 - power(beta1, last)
+            after = sign * number_at(totals, 4, c)
+            fast = sign * number_at(totals, 5, c) / correction
+            now = sign * number_at(totals, 6, c)
             lr = tl.load(trace).to(tl.float64)
             decay = tl.load(trace + 1).to(tl.float64) * lr
             multiplier, scale, shift, damping, w0 = 1.0, 1.0, 0.0, 0.0, 1.0
@@ -420,60 +340,54 @@ def learn_kernel(
             y = tl.load(trace + 8 + k, mask=k < 4, other=0.0).to(tl.float64)
             gain = tl.load(setting + 17)
             if LEARN_LR:
-                x1, x2, out, _, _ = _hidden(controller, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
-                _, _, start, _, _ = _hidden(controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
-                raw = gain * (out - start)
+                x1, x2, moved = network(
+                    controller, controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1
+                )
+                raw = gain * number_at(moved, 0, o)
                 low = tl.load(setting + 13)
                 high = tl.load(setting + 14)
-                multiplier = tl.exp(_bounded(raw, low, high))
-                to_raw = multiplier * _slope(raw, low, high) * gain
+                multiplier = tl.exp(bounded(raw, low, high))
+                to_raw = multiplier * slope(raw, low, high) * gain
             if LEARN_MOMENTUM:
-                y1, y2, out0, out1, out2 = _hidden(momentum, y, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
-                _, _, at0, at1, at2 = _hidden(momentum_start, y, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
-                pace0 = gain * tl.load(setting + 19)
-                pace1 = gain * tl.load(setting + 20)
-                pace2 = gain * tl.load(setting + 21)
-                raw0 = pace0 * (out0 - at0)
-                raw1 = pace1 * (out1 - at1)
-                raw2 = pace2 * (out2 - at2)
-                widest = tl.load(setting + 15)
-                furthest = tl.load(setting + 16)
-                longest = tl.load(setting + 22)
-                one = tl.full([], 1.0, tl.float64)
-                scale = tl.exp(_bounded(raw0, -widest, widest))
-                shift = _bounded(raw1, -furthest, furthest)
-                damping = _bounded(raw2, -longest, one)
-                to_raw0 = scale * _slope(raw0, -widest, widest) * pace0
-                to_raw1 = _slope(raw1, -furthest, furthest) * pace1
-                to_raw2 = _slope(raw2, -longest, one) * pace2
+                y1, y2, turned = network(
+                    momentum, momentum_start, y, 4, MOMENTUM, MOMENTUM_WIDTH, 3
+                )
+                paces = momentum_paces(setting, o)
+                low, high = momentum_bounds(setting, o)
+                outs = bounded(paces * turned, low, high)
+                scale = tl.exp(number_at(outs, 0, o))
+                shift = number_at(outs, 1, o)
+                damping = number_at(outs, 2, o)
+                to_raws = slope(paces * turned, low, high) * paces
+                to_raws = tl.where(o == 0, scale * to_raws, to_raws)
             direction = scale * fast + shift * now
             slow1, slow2 = 0.0, 0.0
             mixing_gain = tl.load(setting + 18)
             if LEARN_MIXING:
                 raw_w = mixing_gain * tl.load(mixing + o, mask=o <= N_SLOW, other=0.0)
                 raw_w = raw_w.to(tl.float64)
-                mixture = _bounded(raw_w, -1.0, 1.0) + tl.where(o == 0, 1.0, 0.0)
-                w0 = _at(mixture, 0, o)
+                mixture = bounded(raw_w, -1.0, 1.0) + tl.where(o == 0, 1.0, 0.0)
+                w0 = number_at(mixture, 0, o)
                 by_w = tl.where(o == 0, direction, 0.0)
                 direction = w0 * direction
                 if N_SLOW > 0:
-                    slow1 = sign * _at(totals, 8, c) / _slow_weight(last, F1, beta1)
+                    slow1 = sign * number_at(totals, 8, c) / slow_weight(last, F1, beta1)
                     by_w = tl.where(o == 1, slow1, by_w)
-                    direction += _at(mixture, 1, o) * slow1
+                    direction += number_at(mixture, 1, o) * slow1
                 if N_SLOW > 1:
-                    slow2 = sign * _at(totals, 9, c) / _slow_weight(last, F2, beta1)
+                    slow2 = sign * number_at(totals, 9, c) / slow_weight(last, F2, beta1)
                     by_w = tl.where(o == 2, slow2, by_w)
-                    direction += _at(mixture, 2, o) * slow2
+                    direction += number_at(mixture, 2, o) * slow2
             # The loss after the update is before * (1 - decay) - size * direction, see
             # rules.deep_nested.next_loss.
             size = lr * multiplier
             decayed = decay * multiplier
             before = (after + size * direction) / (1 - decayed)
-            moved = lr * multiplier * scale * w0 / correction
+            length = lr * multiplier * scale * w0 / correction
             tl.store(lengths + tensor * 2, g_g)
-            tl.store(lengths + tensor * 2 + 1, moved * moved * _at(totals, 7, c))
+            tl.store(lengths + tensor * 2 + 1, length * length * number_at(totals, 7, c))
             if LEARN_MIXING:
-                mixed -= size * mixing_gain * _slope(raw_w, -1.0, 1.0) * by_w
+                mixed -= size * mixing_gain * slope(raw_w, -1.0, 1.0) * by_w
             if LEARN_LR:
                 d_out = -(before * decay + lr * direction) * to_raw
                 row3 = controller + CONTROLLER * 7 + CONTROLLER * (CONTROLLER + 1)
@@ -492,26 +406,22 @@ def learn_kernel(
             if LEARN_MOMENTUM:
                 new = (1 - beta1) / correction * now
                 old = (fast - new) / (1 - damping)
-                d_out0 = -size * w0 * fast * to_raw0
-                d_out1 = -size * w0 * now * to_raw1
-                d_out2 = size * w0 * scale * old * to_raw2
+                by_out = tl.where(o == 0, -fast, tl.where(o == 1, -now, scale * old))
+                outs = tl.where(o < 3, size * w0 * by_out * to_raws, 0.0)
                 row4 = momentum + MOMENTUM * 5 + MOMENTUM * (MOMENTUM + 1)
-                inside = j < MOMENTUM
-                back = d_out0 * tl.load(row4 + j, inside, 0.0).to(tl.float64)
-                back += d_out1 * tl.load(row4 + MOMENTUM + 1 + j, inside, 0.0).to(tl.float64)
-                back += d_out2 * tl.load(row4 + 2 * MOMENTUM + 2 + j, inside, 0.0).to(tl.float64)
+                inside = (j < MOMENTUM)[:, None] & (o[None, :] < 3)
+                at3_ = row4 + o[None, :] * (MOMENTUM + 1) + j[:, None]
+                matrix = tl.load(at3_, mask=inside, other=0.0).to(tl.float64)
+                back = tl.sum(matrix * outs[None, :], axis=1)
                 e2 = back * (1 - y2 * y2)
-                at3_ = momentum + MOMENTUM * 5 + j[:, None] * (MOMENTUM + 1) + j[None, :]
+                at2_ = momentum + MOMENTUM * 5 + j[:, None] * (MOMENTUM + 1) + j[None, :]
                 both = (j[:, None] < MOMENTUM) & (j[None, :] < MOMENTUM)
-                matrix = tl.load(at3_, mask=both, other=0.0).to(tl.float64)
+                matrix = tl.load(at2_, mask=both, other=0.0).to(tl.float64)
                 e1 = tl.sum(matrix * e2[:, None], axis=0) * (1 - y1 * y1)
                 m1 += _outer(e1, y)
                 m1_bias += e1
                 m2 += _outer(e2, y1)
                 m2_bias += e2
-                outs = tl.where(o == 0, d_out0, 0.0)
-                outs = tl.where(o == 1, d_out1, outs)
-                outs = tl.where(o == 2, d_out2, outs)
                 m3 += _outer(y2, outs)
                 m3_bias += outs
         if KEEP:

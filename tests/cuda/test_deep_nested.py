@@ -49,7 +49,9 @@ def assert_alike(optimizer, twin, rtol, of_learned):
             torch.testing.assert_close(p.detach(), q.detach(), rtol=rtol, atol=rtol)
             mine, its = optimizer.state[p], twin.state[q]
             for key in mine:
-                torch.testing.assert_close(mine[key], its[key], rtol=10 * rtol, atol=10 * rtol)
+                # Rounding at the edge of two bfloat16 numbers may fall to either.
+                bound = max(10 * rtol, 2**-7 if mine[key].dtype == BF16 else 0)
+                torch.testing.assert_close(mine[key], its[key], rtol=bound, atol=bound)
     first, other = optimizer.param_groups[0], twin.param_groups[0]
     for key in (f"{m}_{part}" for m in learned.modules(first) for part in learned.PARTS):
         scale = other[key].abs().max().clamp(min=1e-30)

@@ -1,0 +1,124 @@
+"""What the kernels around a learned update are made of: networks and bounds, in float64."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # Exact to rounding, and 1 or -1 where the exponential overflows or is 0.
+    return 1 - 2 / (tl.exp(2 * x) + 1)
+
+
+@triton.jit
+def log_size(norm, count):
+    return tl.log(norm / tl.sqrt(count) + 1e-12) / 10
+
+
+@triton.jit
+def finite(x):
+    # A feature that is no number counts as 0, one that is infinite as its bound.
+    x = tl.where(x == x, x, 0.0)
+    return tl.minimum(tl.maximum(x, -3.0), 3.0)
+
+
+@triton.jit
+def as_kept(x, KEPT: tl.constexpr):
+    # As the trace keeps it, from which its derivative will be taken.
+    return x.to(KEPT).to(tl.float64)
+
+
+@triton.jit
+def bounded(x, low, high):
+    bound = tl.where(x < 0, -low, high)
+    return x / tl.sqrt(1 + (x / bound) * (x / bound))
+
+
+@triton.jit
+def slope(x, low, high):
+    """The derivative of ``bounded``."""
+    bound = tl.where(x < 0, -low, high)
+    root = tl.sqrt(1 + (x / bound) * (x / bound))
+    return 1 / (root * root * root)
+
+
+@triton.jit
+def number_at(vector, k, lanes):
+    """The k-th number of a vector."""
+    return tl.sum(tl.where(lanes == k, vector, 0.0))
+
+
+@triton.jit
+def network(
+    flat, start, x, IN: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr
+):
+    """A network for one row of 8 features: how far its outputs are from those at the start.
+
+    Both sets of weights go side by side, since each layer waits for the one before.
+
+    Returns:
+        ``(WIDTH,)`` twice, the hidden layers at the present weights, and ``(4,)``.
+    """
+    which = tl.arange(0, 2)
+    f = tl.arange(0, 8)
+    i = tl.arange(0, WIDTH)
+    o = tl.arange(0, 4)
+    weights = tl.where(which == 0, flat.to(tl.int64), start.to(tl.int64))
+    weights = weights.to(tl.pointer_type(tl.float32))
+    layer = weights[:, None] + i[None, :] * (IN + 1)
+    inside = (which[:, None] < 2) & (i[None, :] < HIDDEN)
+    known = inside[:, :, None] & (f[None, None, :] < IN)
+    matrix = tl.load(layer[:, :, None] + f[None, None, :], mask=known, other=0.0).to(tl.float64)
+    bias = tl.load(layer + IN, mask=inside, other=0.0).to(tl.float64)
+    first = tanh(tl.sum(matrix * x[None, None, :], axis=2) + bias)
+
+    layer = weights[:, None] + HIDDEN * (IN + 1) + i[None, :] * (HIDDEN + 1)
+    known = inside[:, :, None] & (i[None, None, :] < HIDDEN)
+    matrix = tl.load(layer[:, :, None] + i[None, None, :], mask=known, other=0.0).to(tl.float64)
+    bias = tl.load(layer + HIDDEN, mask=inside, other=0.0).to(tl.float64)
+    second = tanh(tl.sum(matrix * first[:, None, :], axis=2) + bias)
+
+    layer = weights[:, None] + HIDDEN * (IN + HIDDEN + 2) + o[None, :] * (HIDDEN + 1)
+    inside = (which[:, None] < 2) & (o[None, :] < OUT)
+    known = inside[:, :, None] & (i[None, None, :] < HIDDEN)
+    matrix = tl.load(layer[:, :, None] + i[None, None, :], mask=known, other=0.0).to(tl.float64)
+    bias = tl.load(layer + HIDDEN, mask=inside, other=0.0).to(tl.float64)
+    out = tl.sum(matrix * second[:, None, :], axis=2) + bias
+
+    now = which[:, None] == 0
+    difference = tl.sum(tl.where(now, out, -out), axis=0)
+    first = tl.sum(tl.where(now, first, 0.0), axis=0)
+    second = tl.sum(tl.where(now, second, 0.0), axis=0)
+    return first, second, difference
+
+
+@triton.jit
+def momentum_bounds(setting, o):
+    """``(4,)`` twice: of the logarithm of scale, of shift, and of damping."""
+    widest = tl.load(setting + 15)
+    furthest = tl.load(setting + 16)
+    low = tl.where(o == 0, -widest, tl.where(o == 1, -furthest, -tl.load(setting + 22)))
+    high = tl.where(o == 0, widest, tl.where(o == 1, furthest, 1.0))
+    return low, high
+
+
+@triton.jit
+def momentum_paces(setting, o):
+    """``(4,)``: what the momentum network's outputs are multiplied by."""
+    return tl.load(setting + 17) * tl.load(setting + 19 + o, mask=o < 3, other=0.0)
+
+
+@triton.jit
+def slow_weight(step, frequency, beta):
+    """``rules.deep_nested.slow_weight``."""
+    chunks = (step - 1) // frequency
+    inside = (step - chunks * frequency).to(tl.float64)
+    old = 1 - power(beta, chunks)
+    return beta * old + (1 - beta) * inside / frequency
+
+
+@triton.jit
+def power(beta, step):
+    return tl.where(step == 0, 1.0, tl.exp(step.to(tl.float64) * tl.log(beta)))
