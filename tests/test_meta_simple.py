@@ -93,6 +93,20 @@ def test_the_hypergradient_is_that_of_the_loss_after_a_real_step(options):
             assert (expected[module] != 0).all(), module
 
 
+def test_in_float32_the_last_gradient_is_kept_in_bfloat16_which_learning_hardly_notices():
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = Net().to(dtype)
+        optimizer = build(model)
+        for i in range(6):
+            step_on(optimizer, model, batch(i).to(dtype), told=True)
+        kept = {state["previous_grad"].dtype for state in optimizer.state.values()}
+        assert kept == {torch.bfloat16 if dtype == torch.float32 else dtype}
+        found.append(gathered(optimizer))
+    for module in found[0]:
+        assert relative_error(found[0][module].double(), found[1][module]) < 4e-3, module
+
+
 def test_a_slow_group_learns_from_its_window_s_mean_loss():
     model = Net()
     options = {"lr": 0.05, "meta_update_freq": 1000, **RAW, "weight_decay": 0.1}
