@@ -61,6 +61,63 @@ def test_the_control_takes_one_step_at_the_wrong_rate():
     assert places == pytest.approx([-1.0, -1.125, -1.25], rel=1e-5)
 
 
+def a_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+
+
+def trained(model, learner, steps=12):
+    """Steps on a rough loss; what the learner's rate was multiplied by after each."""
+    x = torch.randn(steps, 4, 6, generator=torch.Generator().manual_seed(1))
+    readings = []
+    for batch in x:
+        model.zero_grad()
+        loss = model(batch).square().sum()
+        loss.backward()
+        learner.step(loss)
+        readings.append(learner.multipliers(0.03))
+    return readings
+
+
+def test_joined_parameters_are_the_model_s_own():
+    model = a_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    joined = meta.Joined(model.parameters())
+    for p, value in zip(model.parameters(), before):
+        assert torch.equal(p, value) and p.is_contiguous()
+    with torch.no_grad():
+        joined.whole += 1
+    for p, value in zip(model.parameters(), before):
+        assert torch.equal(p, value + 1)
+    model(torch.ones(1, 6)).sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.equal(joined.gather(), expected) and joined.whole.grad is joined.grad
+
+
+def test_the_hypergradient_rival_for_devices_is_the_other_one():
+    found = []
+    for kind in (meta.Hypergradient, meta.HypergradientOnDevice):
+        model = a_model()
+        readings = trained(model, kind(model.parameters(), 0.03, 0.25))
+        found.append((torch.tensor([list(r) for r in readings]), *model.parameters()))
+    assert found[0][0][-1] != 1
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_prodigy_on_joined_parameters_is_prodigy():
+    prodigyopt = pytest.importorskip("prodigyopt")
+    model, other = a_model(), a_model()
+    learner = meta.Adapted(model.parameters(), 1.0)
+    readings = trained(model, learner, steps=60)
+    plain = meta.Plain(prodigyopt.Prodigy(other.parameters()))
+    trained(other, plain, steps=60)
+    assert readings[0] == [1e-6] and readings[-1][0] > 1e-4
+    assert readings[-1][0] == pytest.approx(plain.optimizer.param_groups[0]["d"], rel=1e-3)
+    for one, two in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("task", DEFAULTS)
 def test_runs_depend_on_their_job_alone(task):
     one, two = (meta.work(job(task=task)) for _ in range(2))
@@ -87,9 +144,8 @@ def test_every_method_but_prodigy_begins_with_adamw_s_step(method):
         chosen = meta.METHODS[name].choices[0]
         learner = meta.METHODS[name].build(trial, meta.Start(1e-3, 1e-3, 10), **chosen)
         seen = []
-        for loss, _ in zip(trial.losses, range(2)):
-            learner.zero_grad()
-            loss.backward()
+        for _ in range(2):
+            loss = trial.next_gradient()
             learner.step(loss)
             seen.append(loss.item())
         losses[name] = seen
