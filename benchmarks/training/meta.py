@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -336,6 +337,11 @@ def spread(runs: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str,
     return found
 
 
+def _counted(values: Iterable[str | None]) -> dict[str, int]:
+    found = Counter(value or "not written down" for value in values)
+    return dict(sorted(found.items()))
+
+
 def measure(
     name: str,
     seeds: Sequence[int],
@@ -392,6 +398,7 @@ def measure(
     }
     execute(list(itertools.chain(*final.values())))
 
+    used = set(itertools.chain(*searched.values(), *trials.values(), *final.values()))
     rows: dict[str, Any] = {}
     for method in names:
         by_factor = {}
@@ -421,5 +428,7 @@ def measure(
         "lr": tuned,
         "by_lr": {f"{k:g}": math.exp(v) for k, v in by_lr.items()},
         "measures": measures,
+        "runs": len(used),
+        "runs_on": {key: _counted(store[j].get(key) for j in used) for key in ("device", "torch")},
         "rows": rows,
     }

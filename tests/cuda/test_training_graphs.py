@@ -65,6 +65,7 @@ def trained(task, method, setting, monkeypatch, graph):
 @pytest.mark.parametrize("task", LARGE)
 def test_a_run_by_a_graph_is_the_run_without(task, method, setting, monkeypatch):
     at = setting(task)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain, graphed = (trained(task, method, at, monkeypatch, graph) for graph in (False, True))
     assert graphed[0][0].unique().numel() == STEPS  # a batch of its own each time
     for one, other in zip(plain[0], graphed[0]):
@@ -94,9 +95,9 @@ def test_batches_on_the_device_are_those_of_the_host(task, setting):
 @pytest.mark.parametrize("method", sorted(meta.METHODS))
 @pytest.mark.parametrize("task", LARGE)
 def test_every_method_runs_and_says_where(task, method, setting):
-    job = meta.Job(task, method, (), 1e-3, 1e-3, 0, STEPS, "noise")
-    if method == "hypergradient":
-        job = meta.Job(task, method, (("rate", 0.03),), 1e-3, 1e-3, 0, STEPS, "noise")
+    row = meta.METHODS[method]
+    options = tuple(sorted(row.choices[0].items()))
+    job = meta.Job(task, method, options, row.lr or 1e-3, 1e-3, 0, STEPS, "noise")
     found = meta.work(job, setting(task))
     assert found["device"] == torch.cuda.get_device_name(0)
     assert 0 < found["validation loss"] < 100 and len(found["multipliers"]) == STEPS
