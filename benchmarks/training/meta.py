@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ PROTOCOL = 1
 
 
 #: Multipliers; a tensor stays where it is until the run is over.
-Reading = Union[Tensor, list[float]]  # noqa: UP007 (evaluated)
+Reading = Tensor | list[float]
 
 
 class Hypergradient:
