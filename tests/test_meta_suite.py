@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from torch.nn import Parameter
 
-from benchmarks.training import meta, meta_tasks
+from benchmarks.training import meta, meta_cli, meta_tasks
 from benchmarks.training.cli import training
 from benchmarks.training.data import Images, Text
 from benchmarks.training.meta_tasks import DEFAULTS, TASKS, Setting
@@ -61,6 +61,63 @@ def test_the_control_takes_one_step_at_the_wrong_rate():
     assert places == pytest.approx([-1.0, -1.125, -1.25], rel=1e-5)
 
 
+def a_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+
+
+def trained(model, learner, steps=12):
+    """Steps on a rough loss; what the learner's rate was multiplied by after each."""
+    x = torch.randn(steps, 4, 6, generator=torch.Generator().manual_seed(1))
+    readings = []
+    for batch in x:
+        model.zero_grad()
+        loss = model(batch).square().sum()
+        loss.backward()
+        learner.step(loss)
+        readings.append(learner.multipliers(0.03))
+    return readings
+
+
+def test_joined_parameters_are_the_model_s_own():
+    model = a_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    joined = meta.Joined(model.parameters())
+    for p, value in zip(model.parameters(), before):
+        assert torch.equal(p, value) and p.is_contiguous()
+    with torch.no_grad():
+        joined.whole += 1
+    for p, value in zip(model.parameters(), before):
+        assert torch.equal(p, value + 1)
+    model(torch.ones(1, 6)).sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.equal(joined.gather(), expected) and joined.whole.grad is joined.grad
+
+
+def test_the_hypergradient_rival_for_devices_is_the_other_one():
+    found = []
+    for kind in (meta.Hypergradient, meta.HypergradientOnDevice):
+        model = a_model()
+        readings = trained(model, kind(model.parameters(), 0.03, 0.25))
+        found.append((torch.tensor([list(r) for r in readings]), *model.parameters()))
+    assert found[0][0][-1] != 1
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_prodigy_on_joined_parameters_is_prodigy():
+    prodigyopt = pytest.importorskip("prodigyopt")
+    model, other = a_model(), a_model()
+    learner = meta.Adapted(model.parameters(), 1.0)
+    readings = trained(model, learner, steps=60)
+    plain = meta.Plain(prodigyopt.Prodigy(other.parameters()))
+    trained(other, plain, steps=60)
+    assert readings[0] == [1e-6] and readings[-1][0] > 1e-4
+    assert readings[-1][0] == pytest.approx(plain.optimizer.param_groups[0]["d"], rel=1e-3)
+    for one, two in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("task", DEFAULTS)
 def test_runs_depend_on_their_job_alone(task):
     one, two = (meta.work(job(task=task)) for _ in range(2))
@@ -87,9 +144,8 @@ def test_every_method_but_prodigy_begins_with_adamw_s_step(method):
         chosen = meta.METHODS[name].choices[0]
         learner = meta.METHODS[name].build(trial, meta.Start(1e-3, 1e-3, 10), **chosen)
         seen = []
-        for loss, _ in zip(trial.losses, range(2)):
-            learner.zero_grad()
-            loss.backward()
+        for _ in range(2):
+            loss = trial.next_gradient()
             learner.step(loss)
             seen.append(loss.item())
         losses[name] = seen
@@ -171,6 +227,92 @@ def test_tasks_for_a_gpu_train_the_models_of_the_comparison(task, saved):
 def test_a_job_s_data_is_part_of_what_it_is_where_it_is_not_the_task_s_own():
     assert "data" not in job().identity()
     assert job(data="a").identity() != job(data="b").identity()
+
+
+def test_a_rate_that_is_not_used_is_not_varied():
+    """Prodigy's three starts are one run each seed, and so are AdamW's and the control's at 1."""
+    done = []
+
+    class Kept(dict):
+        def __missing__(self, key):
+            self[key] = {"training loss": 0.5, "test loss": 0.5, "accuracy": 1.0}
+            self[key] |= {"ms_per_step": 1.0, "multipliers": []}
+            return self[key]
+
+    names = [name for name in ("adamw", "recovered", "prodigy") if name in meta.METHODS]
+    arguments = "digits", range(3), range(1000, 1001), 10, names, (1e-3,), Kept(), done.extend
+    found = meta.measure(*arguments)
+    by_method = {name: {j for j in done if j.method == name} for name in names}
+    assert {j.lr for j in by_method["recovered"]} == {1e-4, 1e-2}
+    assert len(by_method["recovered"]) == 2 * 3
+    if "prodigy" in names:
+        assert {j.lr for j in by_method["prodigy"]} == {1.0} and len(by_method["prodigy"]) == 3
+    assert found["runs"] == len(set(done))
+    assert found["runs_on"]["device"] == {"not written down": found["runs"]}
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name not in DEFAULTS])
+def test_a_task_for_a_gpu_can_be_measured_in_several_calls(task, saved, tmp_path, monkeypatch):
+    kind = TASKS[task].kind
+    contents = torch.load(saved["lm" if kind == "lm" else "images"], weights_only=False)
+    monkeypatch.setattr(meta_cli.data, "text" if kind == "lm" else "images", lambda path: contents)
+    folder = tmp_path / "work"
+    general = ["meta", "--task", task, "--data", "noise", "--device", "cpu", "--workers", "1"]
+    general += ["--seeds", "1", "--selection", "1", "--steps", "5"]
+    general += ["--out", str(tmp_path), "--work", str(folder)]
+
+    def call(*methods):
+        chosen = [word for method in methods for word in ("--method", method)]
+        result = CliRunner().invoke(training, [*general, *chosen])
+        assert result.exit_code == 0, result.output
+        return json.loads((tmp_path / f"training-meta-{task}-5-steps.json").read_text())
+
+    def runs():
+        return len((folder / "runs.jsonl").read_text().splitlines())
+
+    first = call("deep_default")
+    assert first["config"]["steps"] == {task: 5} != first["config"]["default_steps"]
+    assert first["runs_done_now"] == first["runs"] == runs() == 4 + 3 + 3
+    second = call("deep_default", "hypergradient")
+    assert second["runs_done_now"] == runs() - first["runs"] == 9 + 3
+    third = call("hypergradient", "deep_default")
+    assert third["runs_done_now"] == 0 and third["runs"] == second["runs"]
+    assert third["results"][task]["rows"] == second["results"][task]["rows"]
+    # As if they had been measured by one call, but for where they ran, which is asked of each run.
+    folder_text = (folder / "runs.jsonl").read_text()
+    on = third["device"][0]
+    renamed = folder_text.replace(json.dumps(on), '"another"', 2)
+    (folder / "runs.jsonl").write_text(renamed)
+    fourth = call("hypergradient", "deep_default")
+    assert fourth["device"] == sorted(["another", on])
+    assert fourth["results"][task]["runs_on"]["device"]["another"] == 2
+    assert f"--task {task} --steps 5" in fourth["command"]
+
+
+def test_plots_of_a_task_for_a_gpu_show_multipliers(tmp_path):
+    entry = {"loss": 1.0, "multipliers": [[1.0], [2.0]]}
+    rows = {
+        name: {"label": name, "by_factor": {f: entry for f in ("0.1", "1", "10")}}
+        for name in ("adamw", "deep_default")
+    }
+    result = {"label": "task", "measures": ["loss"], "steps": 4, "rows": rows}
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meta_cli.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+        meta_cli.draw({"lm-large": result, "resnet": result}, tmp_path / "it.png")
+    drawn = [len(axes.lines) for axes in figures[0].axes]
+    assert drawn == [2, 3, 2, 3]
+    assert list(figures[0].axes[1].lines[0].get_ydata()) == [1.0, 2.0]
+
+
+def test_files_and_commands_tell_the_steps():
+    name, command = meta_cli.file_name, meta_cli.command_line
+    assert name(DEFAULTS, None, False) == name(DEFAULTS[:1], 500, False) == "training-meta"
+    assert name(("resnet",), 500, False) == "training-meta-resnet-500-steps"
+    assert name(("resnet",), 1000, False) == "training-meta-resnet"
+    assert name(("digits",), 30, True) == "training-meta-quick"
+    assert command(DEFAULTS, None, False) == "python -m benchmarks training meta"
+    assert command(("vit",), 9, False).endswith(" meta --task vit --steps 9")
 
 
 def test_images_need_a_path(tmp_path):

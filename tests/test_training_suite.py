@@ -44,8 +44,10 @@ def test_a_text_of_ones_own_is_cut_without_overlap(tmp_path):
 
 def test_windows_are_pieces_of_the_text_drawn_by_the_seed():
     of = torch.arange(100, dtype=torch.uint8)
-    drawn, again = (data.windows(of, 10, 50, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(drawn, again)
+    at, again = (data.starts(of, 10, 50, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(at, again)
+    drawn = data.windows(of, 10, at)
+    assert torch.equal(drawn[:, 0], at)
     assert torch.equal(drawn, drawn[:, :1] + torch.arange(10))
     assert drawn[:, 0].min() >= 0 and drawn.max() <= 99
 
@@ -66,7 +68,8 @@ def test_images_are_shifted_and_mirrored_pieces_of_themselves(task):
     made = run.Task(job, images(), torch.device("cpu"))
     originals = made.parts[0][0][:6]
     plain = made._prepare(originals, None)
-    augmented = made._prepare(originals, torch.Generator().manual_seed(1))
+    changed = run.changes(len(originals), torch.Generator().manual_seed(1))
+    augmented = made._prepare(originals, changed)
     padded = torch.nn.functional.pad(plain, (4, 4, 4, 4))
     for one, pad in zip(augmented, padded):
         found = [
@@ -78,6 +81,19 @@ def test_images_are_shifted_and_mirrored_pieces_of_themselves(task):
         ]
         assert any(found)
     assert not torch.equal(augmented, plain)
+    still = torch.tensor([[4, 4, 0], [4, 4, 1]])
+    same, mirrored = made._prepare(originals[:2], still)
+    assert torch.equal(same, plain[0]) and torch.equal(mirrored, plain[1].flip(-1))
+
+
+@pytest.mark.parametrize("task", list(run.SIZES))
+def test_batches_drawn_ahead_are_those_drawn_one_by_one(task):
+    of = images() if task != "lm" else data.Text("", *(torch.arange(99, dtype=torch.uint8),) * 3)
+    job = run.Job(task, "test", "made", "adamw", 1e-2, 0.1, 0)
+    one, other = (run.Task(job, of, torch.device("cpu")) for _ in range(2))
+    for drawn, _ in zip(one.drawn(), range(3)):
+        assert len(drawn) == one.size.batch
+        assert one.loss_of(drawn) == other.train_loss()
 
 
 # ---------------------------------------------------------------------- runs

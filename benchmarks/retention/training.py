@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..gradients import Gradients
 from ..kernels.machine import cpu_name
 from . import methods, models
 from .data import Dataset
@@ -92,53 +93,6 @@ class Evaluator:
             right.append(((predicted == labels[here]) & sound).double())
         sizes = [ends[task + 1] - ends[task] for task in range(first, last + 1)]
         return torch.stack([part.mean(1) for part in torch.stack(right).split(sizes, dim=1)])
-
-
-class Gradients:
-    """Adds a batch's gradient to ``.grad``; on CUDA by a captured graph for batches of full size.
-
-    The networks are so small that a GPU would mostly wait for the host to launch their kernels.
-    """
-
-    def __init__(self, model: nn.Module, loss: Any, full: int, device: torch.device) -> None:
-        self.loss, self.full, self.device = loss, full, device
-        self.params = list(model.parameters())
-        self.graph: Any = None
-        self.captures = device.type == "cuda"
-
-    def add(self, indices: Tensor) -> None:
-        if not self.captures or len(indices) != self.full:
-            self.loss(indices).backward()
-            return
-        if self.graph is None:
-            self._capture(indices)
-        self.static.copy_(indices)
-        self.graph.replay()
-
-    def clear(self) -> None:
-        if not self.captures:
-            for p in self.params:
-                p.grad = None
-            return
-        grads = [p.grad for p in self.params if p.grad is not None]
-        torch._foreach_zero_(grads)
-
-    def _capture(self, indices: Tensor) -> None:
-        self.static = indices.clone()
-        kept = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        saved = [grad.clone() for grad in kept]
-        for p, grad in zip(self.params, kept):
-            p.grad = grad
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.loss(self.static).backward()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss(self.static).backward()  # into the tensors that .grad holds already
-        torch._foreach_copy_(kept, saved)
 
 
 def run(job: Job, data: Dataset, device: torch.device) -> dict[str, Any]:

@@ -59,11 +59,14 @@ def text(path: Path | None) -> Text:
     return Text(f"{name} ({len(content)} bytes, sha256 {digest})", train, validation, test)
 
 
-def windows(of: Tensor, length: int, batch: int, generator: torch.Generator) -> Tensor:
-    """``batch`` windows of ``length`` bytes at random places, as int64 on the CPU's generator."""
-    starts = torch.randint(len(of) - length + 1, (batch,), generator=generator)
-    at = starts[:, None] + torch.arange(length)
-    return of[at.to(of.device)].long()
+def starts(of: Tensor, length: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Where ``batch`` windows of ``length`` bytes begin, at random; on the host."""
+    return torch.randint(len(of) - length + 1, (batch,), generator=generator)
+
+
+def windows(of: Tensor, length: int, starts: Tensor) -> Tensor:
+    """``length`` bytes from each start, as int64; all on one device."""
+    return of[starts[:, None] + torch.arange(length, device=of.device)].long()
 
 
 @dataclass(frozen=True)

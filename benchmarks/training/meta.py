@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from torch.optim import AdamW, Optimizer
 from nested_optim import DeepNestedOptimizer, kernels
 
 from ..jobs import Store
+from ..kernels.machine import cpu_name
 from .meta_tasks import TASKS, Setting, Trial
 
 FACTORS = (0.1, 1.0, 10.0)
@@ -31,6 +33,10 @@ FACTORS = (0.1, 1.0, 10.0)
 READINGS = 50
 #: Changes when a job's result does.
 PROTOCOL = 1
+
+
+#: Multipliers; a tensor stays where it is until the run is over.
+Reading = Tensor | list[float]
 
 
 class Hypergradient:
@@ -47,9 +53,6 @@ class Hypergradient:
         self.rate = rate
         self._update: list[Tensor] = []
 
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
@@ -64,8 +67,54 @@ class Hypergradient:
         self.optimizer.step()
         self._update = [p - b for p, b in zip(self.params, before)]
 
-    def multipliers(self, lr: float) -> list[float]:
+    def multipliers(self, lr: float) -> Reading:
         return [self.optimizer.param_groups[0]["lr"] / lr]
+
+
+class Joined:
+    """A model's parameters as one tensor, of which they become views.
+
+    For optimizers that treat all elements alike: they take few launches and reads on a device.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        self.params = list(params)
+        self.whole = nn.Parameter(torch.cat([p.detach().flatten() for p in self.params]))
+        parts = self.whole.detach().split([p.numel() for p in self.params])
+        for p, part in zip(self.params, parts):
+            p.data = part.view_as(p)
+        self.grad = self.whole.grad = torch.zeros_like(self.whole)
+
+    def gather(self) -> Tensor:
+        """The parameters' gradients as ``grad`` of the whole."""
+        grads = [p.grad for p in self.params]
+        return torch.cat([grad.flatten() for grad in grads if grad is not None], out=self.grad)
+
+
+class HypergradientOnDevice:
+    """``Hypergradient`` whose rate never leaves the device, so that no step waits for it."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, rate: float) -> None:
+        self.joined, self.rate = Joined(params), rate
+        whole = self.joined.whole
+        rates = torch.tensor(lr, device=whole.device)
+        self.optimizer = AdamW([whole], lr=rates, weight_decay=0.0, fused=True)
+        self._update: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        grad, whole = self.joined.gather(), self.joined.whole
+        if self._update is not None:
+            lengths = torch.linalg.vector_norm(grad) * torch.linalg.vector_norm(self._update)
+            cosine = torch.dot(grad, self._update) / lengths.clamp_min(1e-30)
+            self.optimizer.param_groups[0]["lr"].mul_(1 - self.rate * cosine)
+        before = whole.clone()
+        self.optimizer.step()
+        self._update = whole - before
+
+    def multipliers(self, lr: float) -> Reading:
+        found: Tensor = self.optimizer.param_groups[0]["lr"] / lr
+        return found.reshape(1)
 
 
 class Plain:
@@ -73,14 +122,13 @@ class Plain:
 
     def __init__(self, optimizer: Optimizer, schedule: Any = None) -> None:
         self.optimizer, self.schedule = optimizer, schedule
-        self.zero_grad = optimizer.zero_grad
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
 
-    def multipliers(self, lr: float) -> list[float]:
+    def multipliers(self, lr: float) -> Reading:
         return []
 
 
@@ -90,8 +138,8 @@ class Learned(Plain):
     def step(self, loss: Tensor) -> None:
         self.optimizer.step(loss.detach())  # type: ignore[arg-type]
 
-    def multipliers(self, lr: float) -> list[float]:
-        found: list[float] = self.optimizer.get_lr_multipliers().tolist()  # type: ignore[attr-defined]
+    def multipliers(self, lr: float) -> Reading:
+        found: Tensor = self.optimizer.get_lr_multipliers()  # type: ignore[attr-defined]
         return found
 
 
@@ -111,7 +159,7 @@ class Recovered(Plain):
     """
 
     def __init__(self, params: Iterable[nn.Parameter], start: Start) -> None:
-        super().__init__(AdamW(params, lr=start.lr, weight_decay=0.0))
+        super().__init__(_torch_adamw(params, start.lr))
         self.tuned = start.tuned
 
     def step(self, loss: Tensor) -> None:
@@ -119,8 +167,35 @@ class Recovered(Plain):
         self.optimizer.param_groups[0]["lr"] = self.tuned
 
 
+class Adapted(Plain):
+    """Prodigy, on all parameters as one tensor: its estimate is one for all of them anyway.
+
+    A step reads two numbers from the device, where on a list of tensors it would read two of each.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        from prodigyopt import Prodigy
+
+        self.joined = Joined(params)
+        # As its authors advise: lr 1, everything else by default, no schedule.
+        super().__init__(Prodigy([self.joined.whole], lr=lr))
+
+    def step(self, loss: Tensor) -> None:
+        self.joined.gather()
+        super().step(loss)
+
+    def multipliers(self, lr: float) -> Reading:
+        return [self.optimizer.param_groups[0]["d"]]
+
+
+def _torch_adamw(params: Iterable[nn.Parameter], lr: float) -> AdamW:
+    """On CUDA in one launch; elsewhere as torch does by default."""
+    found = list(params)
+    return AdamW(found, lr=lr, weight_decay=0.0, fused=found[0].is_cuda or None)
+
+
 def _adamw(trial: Trial, start: Start) -> Plain:
-    return Plain(AdamW(trial.model.parameters(), lr=start.lr, weight_decay=0.0))
+    return Plain(_torch_adamw(trial.model.parameters(), start.lr))
 
 
 def _recovered(trial: Trial, start: Start) -> Plain:
@@ -128,12 +203,16 @@ def _recovered(trial: Trial, start: Start) -> Plain:
 
 
 def _cosine(trial: Trial, start: Start) -> Plain:
-    optimizer = AdamW(trial.model.parameters(), lr=start.lr, weight_decay=0.0)
+    optimizer = _torch_adamw(trial.model.parameters(), start.lr)
     return Plain(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, start.steps))
 
 
-def _hypergradient(trial: Trial, start: Start, rate: float) -> Hypergradient:
-    return Hypergradient(trial.model.parameters(), start.lr, rate)
+def _hypergradient(
+    trial: Trial, start: Start, rate: float
+) -> Hypergradient | HypergradientOnDevice:
+    on_device = next(trial.model.parameters()).is_cuda
+    kind = HypergradientOnDevice if on_device else Hypergradient
+    return kind(trial.model.parameters(), start.lr, rate)
 
 
 def _learned(trial: Trial, start: Start, groups: str = "one", **options: Any) -> Learned:
@@ -146,19 +225,23 @@ def _learned(trial: Trial, start: Start, groups: str = "one", **options: Any) ->
 
 
 def _prodigy(trial: Trial, start: Start) -> Plain:
-    from prodigyopt import Prodigy
-
-    # Its own unit is 1; what was set here is a factor of that.
-    return Plain(Prodigy(trial.model.parameters(), lr=1.0, d0=1e-6, weight_decay=0.0))
+    return Adapted(trial.model.parameters(), start.lr)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row: how it is built, and what may be chosen on other seeds."""
+    """A row.
+
+    Attributes:
+        build: ``(trial, start, **options)``.
+        choices: options, of which one is chosen on other seeds.
+        lr: what it is always started at, if it has no use for a rate that is set.
+    """
 
     label: str
     build: Callable[..., Any]
     choices: tuple[dict[str, Any], ...] = field(default=({},))
+    lr: float | None = None
 
 
 _MULTIPLIERS = {"learn_momentum": False, "learn_mixing": False}
@@ -187,7 +270,7 @@ METHODS = {
     ),
 }
 if find_spec("prodigyopt"):
-    METHODS["prodigy"] = Method("Prodigy", _prodigy)
+    METHODS["prodigy"] = Method("Prodigy, which takes no rate", _prodigy, lr=1.0)
 
 
 @dataclass(frozen=True)
@@ -217,18 +300,27 @@ def work(job: Job, setting: Setting = Setting()) -> dict[str, Any]:  # noqa: B00
         torch.manual_seed(job.seed)
         start = Start(job.lr, job.tuned, job.steps)
         learner = METHODS[job.method].build(trial, start, **dict(job.options))
-    multipliers: list[list[float]] = []
+    multipliers: list[Reading] = []
     every = max(1, job.steps // READINGS)
     started = time.perf_counter()
-    for step, loss in enumerate(itertools.islice(trial.losses, job.steps)):
-        learner.zero_grad()
-        loss.backward()
-        learner.step(loss)
+    for step in range(job.steps):
+        learner.step(trial.next_gradient())
         if step % every == 0:
             multipliers.append(learner.multipliers(job.lr))
     figures = trial.figures()  # which waits for a device
     seconds = time.perf_counter() - started
-    return {**figures, "ms_per_step": 1e3 * seconds / job.steps, "multipliers": multipliers}
+    return {
+        **figures,
+        "ms_per_step": 1e3 * seconds / job.steps,
+        "multipliers": [m.tolist() if isinstance(m, Tensor) else m for m in multipliers],
+        "device": _name(trial.model),
+        "torch": str(torch.__version__),
+    }
+
+
+def _name(model: nn.Module) -> str:
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def spread(runs: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str, Any]:
@@ -243,6 +335,11 @@ def spread(runs: Sequence[dict[str, Any]], measures: Sequence[str]) -> dict[str,
         found["accuracy"] = statistics.fmean(run["accuracy"] for run in runs)
     found["ms_per_step"] = statistics.median(run["ms_per_step"] for run in runs)
     return found
+
+
+def _counted(values: Iterable[str | None]) -> dict[str, int]:
+    found = Counter(value or "not written down" for value in values)
+    return dict(sorted(found.items()))
 
 
 def measure(
@@ -271,9 +368,13 @@ def measure(
     tuned = min(by_lr, key=lambda lr: by_lr[lr])
 
     def start(method: str, options: dict[str, Any], factor: float, seed: int) -> Job:
+        # One job for all starts where they are no different runs.
+        if method == "recovered" and factor == 1:
+            method, options = "adamw", {}
         # A rate that is right must not make a job of its own for methods that are not told it.
         told = tuned if method == "recovered" else 0.0
-        return job(method, options, factor * tuned, told, seed)
+        own = METHODS[method].lr
+        return job(method, options, factor * tuned if own is None else own, told, seed)
 
     trials = {
         (method, i): [
@@ -297,6 +398,7 @@ def measure(
     }
     execute(list(itertools.chain(*final.values())))
 
+    used = set(itertools.chain(*searched.values(), *trials.values(), *final.values()))
     rows: dict[str, Any] = {}
     for method in names:
         by_factor = {}
@@ -326,5 +428,7 @@ def measure(
         "lr": tuned,
         "by_lr": {f"{k:g}": math.exp(v) for k, v in by_lr.items()},
         "measures": measures,
+        "runs": len(used),
+        "runs_on": {key: _counted(store[j].get(key) for j in used) for key in ("device", "torch")},
         "rows": rows,
     }

@@ -69,13 +69,14 @@ COLOURS = (
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Runs side by side, one thread each. Default: the cores.",
+    help="Runs side by side, one thread each, on one GPU or on the cores. Default: the cores.",
 )
 @click.option(
     "--work",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where finished runs are kept, to be resumed; default: nowhere.",
+    help="Where finished runs are kept, which later calls (with other --method, say) do not do "
+    "again; default: nowhere.",
 )
 @click.option(
     "--out",
@@ -83,7 +84,7 @@ COLOURS = (
     default=RESULTS,
     show_default="benchmarks/results of this checkout",
     help="Folder for training-meta.json and .png (training-meta-TASKS.* for other tasks than the "
-    "default ones, training-meta-quick.* with --quick).",
+    "default ones, ...-N-steps.* with other --steps, training-meta-quick.* with --quick).",
 )
 @click.option("--quick", is_flag=True, help="One seed, 30 steps, digits, two methods: a look.")
 def meta_command(
@@ -144,37 +145,47 @@ def meta_command(
                     progress.update(bar, total=(progress.tasks[0].total or 0) + len(pending))
                     pool(jobs, lambda: progress.advance(bar))
 
-                results[name] = meta.measure(
-                    name,
-                    range(seeds),
-                    range(1000, 1000 + selection),
-                    steps or task.steps,
-                    names,
-                    task.lrs[:2] if quick else task.lrs,
-                    store,
-                    execute,
-                    of,
-                )
+                try:
+                    results[name] = meta.measure(
+                        name,
+                        range(seeds),
+                        range(1000, 1000 + selection),
+                        steps or task.steps,
+                        names,
+                        task.lrs[:2] if quick else task.lrs,
+                        store,
+                        execute,
+                        of,
+                    )
+                except RuntimeError as error:
+                    kept = " What was done is kept." if folder else ""
+                    raise click.ClickException(f"{error}.{kept}") from error
         done_now = len(store) - done_before
-    others = [name for name in chosen if meta_tasks.TASKS[name].kind]
-    name = "-".join(["training-meta", *(["quick"] if quick else others)])
+    name = file_name(chosen, steps, quick)
     document: dict[str, Any] = {
-        "command": "python -m benchmarks training meta" + (" --quick" if quick else ""),
-        "device": machine.describe(device) if others else "cpu",
+        "command": command_line(chosen, steps, quick),
+        # Of runs by this call and by those before it, which --work has kept.
+        "device": sorted({on for found in results.values() for on in found["runs_on"]["device"]}),
         "config": {
             "seeds": seeds,
             "selection_seeds": selection,
             "methods": names,
+            "steps": {k: steps or meta_tasks.TASKS[k].steps for k in chosen},
+            "default_steps": {k: meta_tasks.TASKS[k].steps for k in chosen},
             "batch_size": {k: meta_tasks.TASKS[k].batch for k in chosen},
             "data": {k: found.name for k, found in contents.items()},
             "lrs": {k: meta_tasks.TASKS[k].lrs for k in chosen},
             "factors": meta.FACTORS,
-            "workers": workers or usable_cores(),
         },
-        "machine": report.machine(),
         "results": results,
-        "seconds": time.perf_counter() - started,
+        "runs": sum(found["runs"] for found in results.values()),
         "runs_done_now": done_now,
+        "this_call": {
+            "machine": report.machine(),
+            "device": machine.describe(device) if contents else "cpu",
+            "workers": workers or usable_cores(),
+            "seconds": time.perf_counter() - started,
+        },
     }
     if "lm" in chosen:
         document["config"]["text"] = meta_tasks.source().name
@@ -184,6 +195,29 @@ def meta_command(
         for measured in result["measures"]:
             console.print(table(result, measured))
     console.print(f"{out / name}.json and .png written")
+
+
+def _unusual(chosen: Sequence[str], steps: int | None) -> bool:
+    return steps is not None and any(steps != meta_tasks.TASKS[name].steps for name in chosen)
+
+
+def file_name(chosen: Sequence[str], steps: int | None, quick: bool) -> str:
+    """Without an ending: of the default tasks, or named after the others, the steps and --quick."""
+    others = [name for name in chosen if meta_tasks.TASKS[name].kind]
+    if quick:
+        others = ["quick"]
+    elif _unusual(chosen, steps):
+        others.append(f"{steps}-steps")
+    return "-".join(["training-meta", *others])
+
+
+def command_line(chosen: Sequence[str], steps: int | None, quick: bool) -> str:
+    parts = ["python -m benchmarks training meta", *(["--quick"] if quick else [])]
+    if chosen != (("digits",) if quick else meta_tasks.DEFAULTS):
+        parts += [f"--task {name}" for name in chosen]
+    if _unusual(chosen, steps) and not quick:
+        parts.append(f"--steps {steps}")
+    return " ".join(parts)
 
 
 def _contents(chosen: Sequence[str], data_path: Path | None) -> dict[str, Text | Images]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..demo.stream import build_model
+from ..gradients import Gradients
 from . import data, digits, run
 from .models import VOCABULARY, Transformer
 
@@ -39,13 +40,15 @@ class Trial:
 
     Attributes:
         model: what is trained.
-        losses: an endless iterator of the losses of the next training batch each.
+        next_gradient: puts the next training batch's gradient into the parameters' ``grad``, in
+            place of what was there, and returns its loss: a tensor that the next call may write
+            over.
         figures: numbers at the end, among them the losses that the task's ``measures`` names.
         layers: the model's parameters, a list for each layer.
     """
 
     model: nn.Module
-    losses: Iterator[Tensor]
+    next_gradient: Callable[[], Tensor]
     figures: Callable[[], dict[str, float]]
     layers: list[list[nn.Parameter]]
 
@@ -72,11 +75,23 @@ class Task:
     kind: str = ""
 
 
+def _each(model: nn.Module, losses: Iterator[Tensor]) -> Callable[[], Tensor]:
+    """``Trial.next_gradient`` of the losses of one batch after another."""
+
+    def next_gradient() -> Tensor:
+        loss = next(losses)
+        model.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    return next_gradient
+
+
 def _digits(seed: int, setting: Setting) -> Trial:
     model = build_model(seed)
     layers = [list(module.parameters()) for module in model if isinstance(module, nn.Linear)]
     figures = functools.partial(_digit_figures, model, seed)
-    return Trial(model, _digit_losses(model, seed), figures, layers)
+    return Trial(model, _each(model, _digit_losses(model, seed)), figures, layers)
 
 
 def _digit_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
@@ -107,11 +122,12 @@ def _bytes(seed: int, setting: Setting) -> Trial:
         torch.manual_seed(seed)
         model = Transformer(WIDTH, LAYERS, 2, LENGTH, VOCABULARY)
     figures = functools.partial(_text_figures, model)
-    return Trial(model, _text_losses(model, seed), figures, _layers(model))
+    return Trial(model, _each(model, _text_losses(model, seed)), figures, _layers(model))
 
 
 def _next_bytes(model: nn.Module, of: Tensor, generator: torch.Generator, batch: int) -> Tensor:
-    found = data.windows(of, LENGTH + 1, batch, generator)
+    at = data.starts(of, LENGTH + 1, batch, generator)
+    found = data.windows(of, LENGTH + 1, at)
     return F.cross_entropy(model(found[:, :-1]).flatten(0, 1), found[:, 1:].flatten())
 
 
@@ -144,18 +160,19 @@ def _layers(model: nn.Module) -> list[list[nn.Parameter]]:
 def _large(kind: str, seed: int, setting: Setting) -> Trial:
     job = run.Job(kind, LARGE, "", "adamw", 0.0, 0.0, seed)
     with torch.random.fork_rng():
-        task = run.Task(job, run.load(setting.saved), torch.device(setting.device))
+        task = run.Task(job, run.load(setting.saved, setting.device), torch.device(setting.device))
+    gradients = Gradients(task.model, task.loss_of, task.size.batch, task.device, adds=False)
+    drawn = task.drawn()
 
-    def losses() -> Iterator[Tensor]:
-        while True:
-            yield task.train_loss()
+    def next_gradient() -> Tensor:
+        return gradients.add(next(drawn))
 
     def figures() -> dict[str, float]:
         found = task.held_out(1)
         loss = found.pop("loss")
         return {"validation loss": loss if loss < digits.DIVERGED else digits.DIVERGED, **found}
 
-    return Trial(task.model, losses(), figures, _layers(task.model))
+    return Trial(task.model, next_gradient, figures, _layers(task.model))
 
 
 def _large_task(label: str, kind: str) -> Task:

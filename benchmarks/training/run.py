@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .data import Images, Text, windows
+from .data import Images, Text, starts, windows
 from .methods import METHODS
 from .models import VOCABULARY, ResNet, Transformer
 
@@ -26,6 +26,8 @@ WARMUP = 0.05  # of the steps, linear; then half a cosine down to FLOOR
 FLOOR = 0.1
 EVALUATIONS = 40  # along a run
 HELD_OUT_SEED = 12345
+#: Batches whose numbers are drawn, and go to a GPU, at a time.
+AHEAD = 100
 
 
 @dataclass(frozen=True)
@@ -113,35 +115,55 @@ class Task:
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+            # No weight is used twice, and casts that are kept have no place in a CUDA graph.
+            return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
         return nullcontext()  # bfloat16 gains nothing on most CPUs
 
-    def train_loss(self) -> Tensor:
-        with self.autocast():
-            return self._loss(*self._batch(0, self.generator, augment=True))
+    def draw(self) -> Tensor:
+        """What chooses the next training batch, and how its images are changed; on the host.
 
-    def _batch(self, part: int, generator: torch.Generator, augment: bool) -> tuple[Tensor, Tensor]:
-        size = self.size
+        Returns:
+            a row of integers per sample.
+        """
+        size, part = self.size, self.parts[0]
         if size.length:
-            drawn = windows(self.parts[part], size.length + 1, size.batch, generator)
-            return drawn[:, :-1], drawn[:, 1:]
-        images, labels = self.parts[part]
-        at = torch.randint(len(images), (size.batch,), generator=generator).to(self.device)
-        return self._prepare(images[at], generator if augment else None), labels[at]
+            return starts(part, size.length + 1, size.batch, self.generator)[:, None]
+        at = torch.randint(len(part[0]), (size.batch, 1), generator=self.generator)
+        return torch.cat([at, changes(size.batch, self.generator)], dim=1)
 
-    def _prepare(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Normalised; with a generator also shifted by up to 4 pixels and mirrored."""
+    def drawn(self) -> Iterator[Tensor]:
+        """What :meth:`draw` gives, on the device. An upload is of many batches there."""
+        on_device = self.device.type == "cuda"
+        while True:
+            block = torch.stack([self.draw() for _ in range(AHEAD if on_device else 1)])
+            if on_device:
+                block = block.pin_memory().to(self.device, non_blocking=True)
+            yield from block
+
+    def loss_of(self, drawn: Tensor) -> Tensor:
+        """The training loss of what :meth:`draw` chose, which lies on the device."""
+        with self.autocast():
+            if self.size.length:
+                found = windows(self.parts[0], self.size.length + 1, drawn[:, 0])
+                return self._loss(found[:, :-1], found[:, 1:])
+            images, labels = self.parts[0]
+            at = drawn[:, 0]
+            return self._loss(self._prepare(images[at], drawn[:, 1:]), labels[at])
+
+    def train_loss(self) -> Tensor:
+        return self.loss_of(self.draw().to(self.device))
+
+    def _prepare(self, images: Tensor, changed: Tensor | None) -> Tensor:
+        """Normalised; and with ``changes`` also shifted by up to 4 pixels and mirrored."""
         x = (images.float() - self.mean) / self.std
-        if generator is None:
+        if changed is None:
             return x
-        n = len(x)
         padded = F.pad(x, (4, 4, 4, 4))
-        down, right = (torch.randint(9, (n, 1), generator=generator) for _ in range(2))
-        rows = (down + torch.arange(32)).to(self.device)
-        columns = (right + torch.arange(32)).to(self.device)
-        mirrored = (torch.rand(n, 1, generator=generator) < 0.5).to(self.device)
-        columns = torch.where(mirrored, columns.flip(1), columns)
-        index = torch.arange(n, device=self.device)[:, None, None]
+        down, right, mirrored = changed.split(1, dim=1)
+        pixels = torch.arange(32, device=self.device)
+        rows, columns = down + pixels, right + pixels
+        columns = torch.where(mirrored.bool(), columns.flip(1), columns)
+        index = torch.arange(len(x), device=self.device)[:, None, None]
         moved = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
         # Contiguous: on channels-last images of three channels torch 2.13's CPU convolutions crash.
         return moved.permute(0, 3, 1, 2).contiguous()
@@ -169,14 +191,24 @@ class Task:
 
     def _held_out_batches(self, part: int, generator: torch.Generator) -> Any:
         if self.size.length:
+            length, of = self.size.length + 1, self.parts[part]
             for _ in range(self.size.evaluation_batches):
-                yield self._batch(part, generator, augment=False)
+                at = starts(of, length, self.size.batch, generator)
+                found = windows(of, length, at.to(self.device))
+                yield found[:, :-1], found[:, 1:]
             return
         images, labels = self.parts[part]
         everything = len(images) if self.size.evaluation_batches >= 16 else self.size.batch * 8
         for start in range(0, min(len(images), everything), 500):
             taken = slice(start, min(start + 500, everything))
             yield self._prepare(images[taken], None), labels[taken]
+
+
+def changes(samples: int, generator: torch.Generator) -> Tensor:
+    """How images are shifted down and to the right, from 0 to 8, and whether they are mirrored."""
+    shifts = [torch.randint(9, (samples, 1), generator=generator) for _ in range(2)]
+    mirrored = torch.rand(samples, 1, generator=generator) < 0.5
+    return torch.cat([*shifts, mirrored.long()], dim=1)
 
 
 def schedule(steps: int) -> Callable[[int], float]:
@@ -237,9 +269,9 @@ def run(job: Job, data: Text | Images, device: torch.device) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def load(path: str) -> Text | Images:
-    """Data that the command has saved for its workers."""
-    found: Text | Images = torch.load(path, weights_only=False)
+def load(path: str, device: str = "cpu") -> Text | Images:
+    """Data that the command has saved for its workers, kept where they need it."""
+    found: Text | Images = torch.load(path, map_location=device, weights_only=False)
     return found
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("sklearn")
 
+from benchmarks.gradients import Gradients
 from benchmarks.retention import data, methods, models, training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -21,7 +22,7 @@ def test_captured_gradients_are_those_of_the_batch_and_add_up(kind):
     def loss(indices):
         return F.cross_entropy(model(inputs[indices]), labels[indices])
 
-    gradients = training.Gradients(model, loss, 10, device)
+    gradients = Gradients(model, loss, 10, device)
     batches = [torch.arange(n, n + 10, device=device) for n in (0, 10, 20)]
     batches.insert(1, torch.arange(50, 55, device=device))  # not of full size: without the graph
     params = list(model.parameters())
