@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
@@ -69,17 +69,70 @@ def _key(identity: dict[str, Any]) -> str:
     return json.dumps(identity, sort_keys=True)  # tuples and lists are alike here
 
 
+#: A run, which stops after each of its steps and returns its result.
+Run = Generator[None, None, dict[str, Any]]
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """A run's result, all of its steps in a row."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            result: dict[str, Any] = end.value
+            return result
+
+
+def interleave(
+    jobs: Sequence[Any], begin: Callable[[Any], Run], device: torch.device
+) -> list[dict[str, Any]]:
+    """The results of runs that take turns, step by step.
+
+    On CUDA each has a stream of its own: kernels of small models leave most of a GPU idle, and
+    those of several streams of one process share it, while processes are given it in turn.
+
+    Raises:
+        RuntimeError: a run failed; it is named. All are lost.
+    """
+    streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in jobs]
+    runs = {i: begin(job) for i, job in enumerate(jobs)}
+    results: list[dict[str, Any]] = [{} for _ in jobs]
+    while runs:
+        for i, run in list(runs.items()):
+            try:
+                with torch.cuda.stream(streams[i]):
+                    next(run)
+            except StopIteration as end:
+                results[i] = end.value
+                del runs[i]
+            except Exception as error:
+                raise RuntimeError(_failure(jobs[i], error)) from error
+    return results
+
+
+def _failure(job: Job, error: Exception) -> str:
+    return f"the run {job.identity()} failed: {type(error).__name__}: {error}"
+
+
 class Pool:
     """Runs jobs in ``workers`` processes, or in this one if that is 1; one thread each.
 
     Args:
-        work: a module's function (or a partial of one) that makes a job's result.
+        work: a module's function (or a partial of one) that makes a job's result; with ``together``
+            one that makes a list of results of a list of jobs.
         store: where results go.
         workers: processes side by side.
+        together: how many jobs a process is given at once, None for one by one.
     """
 
-    def __init__(self, work: Callable[[Any], dict[str, Any]], store: Store, workers: int) -> None:
-        self.work, self.store, self.workers = work, store, workers
+    def __init__(
+        self,
+        work: Callable[[Any], Any],
+        store: Store,
+        workers: int,
+        together: int | None = None,
+    ) -> None:
+        self.work, self.store, self.workers, self.together = work, store, workers, together
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Pool:
@@ -106,9 +159,8 @@ class Pool:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                for job in pending:
-                    self._keep(job, lambda job=job: self.work(job))  # type: ignore[misc]
-                    advance()
+                for given in self._shared_out(pending):
+                    self._keep(given, lambda given=given: self.work(given), advance)  # type: ignore[misc]
             finally:
                 torch.set_num_threads(threads)
             return
@@ -120,16 +172,27 @@ class Pool:
                 initializer=torch.set_num_threads,
                 initargs=(1,),
             )
-        futures = {self._pool.submit(self.work, job): job for job in pending}
+        futures = {
+            self._pool.submit(self.work, given): given for given in self._shared_out(pending)
+        }
         for future in as_completed(futures):
-            self._keep(futures[future], future.result)
-            advance()
+            self._keep(futures[future], future.result, advance)
 
-    def _keep(self, job: Job, result: Callable[[], dict[str, Any]]) -> None:
+    def _shared_out(self, pending: list[Any]) -> list[Any]:
+        """What a process is given at once: a job, or as many as leave work for the others."""
+        if self.together is None:
+            return pending
+        size = max(1, min(self.together, -(-len(pending) // max(1, self.workers))))
+        return [pending[at : at + size] for at in range(0, len(pending), size)]
+
+    def _keep(self, given: Any, result: Callable[[], Any], advance: Callable[[], Any]) -> None:
+        jobs = [given] if self.together is None else given
         try:
             done = result()
         except Exception as error:
-            raise RuntimeError(
-                f"the run {job.identity()} failed: {type(error).__name__}: {error}"
-            ) from error
-        self.store.add(job, done)
+            if self.together is not None:  # which of them, the error says
+                raise RuntimeError(str(error)) from error
+            raise RuntimeError(_failure(given, error)) from error
+        for job, its in zip(jobs, [done] if self.together is None else done):
+            self.store.add(job, its)
+            advance()

@@ -128,6 +128,15 @@ def test_runs_depend_on_their_job_alone(task):
         assert other[measured[0]] != one[measured[0]], change
 
 
+def test_runs_that_take_turns_come_to_the_same():
+    jobs = [job(lr=lr, method=m) for lr in (1e-3, 1e-2) for m in ("adamw", "deep_default")]
+    jobs.append(job(steps=3))
+    for its, found in zip(jobs, meta.work_together(jobs, Setting())):
+        alone = meta.work(its)
+        for key in (*TASKS[its.task].measures, "multipliers"):
+            assert found[key] == alone[key]
+
+
 @pytest.mark.parametrize("task", DEFAULTS)
 def test_a_task_s_layers_are_its_model_s_parameters(task):
     trial = TASKS[task].begin(0, Setting())

@@ -469,6 +469,41 @@ def test_worker_processes_come_to_the_same(digits, tmp_path):
         assert stores[0][job]["read_outs"] == stores[1][job]["read_outs"]
 
 
+def test_runs_that_take_turns_come_to_the_same(digits, tmp_path):
+    digits.save(tmp_path / "d.pt")
+    jobs = [make_job("lookahead", seed=seed, purpose="select") for seed in (0, 1, 2)]
+    jobs.append(make_job("ewc_1000", purpose="select", replay=50))
+    stores = [Store(tmp_path / f"{name}.jsonl") for name in ("alone", "turns")]
+    with Pool(worker(tmp_path), stores[0], 1) as pool:
+        pool(jobs)
+    in_turns = functools.partial(training.work_together, data=tmp_path / "d.pt", device=CPU)
+    done: list[int] = []
+    with Pool(in_turns, stores[1], 1, together=3) as pool:
+        pool(jobs, lambda: done.append(0))
+    assert len(done) == len(jobs)
+    for job in jobs:
+        assert stores[0][job]["read_outs"] == stores[1][job]["read_outs"]
+
+
+def test_of_runs_that_take_turns_the_one_that_fails_is_named(digits, tmp_path):
+    digits.save(tmp_path / "d.pt")
+    in_turns = functools.partial(training.work_together, data=tmp_path / "d.pt", device=CPU)
+    with (
+        pytest.raises(RuntimeError, match=r"'lr': -1.0, 'seed': 1.*Invalid learning rate"),
+        Pool(in_turns, Store(tmp_path / "runs.jsonl"), 1, together=2) as pool,
+    ):
+        pool([make_job(), make_job(seed=1, lr=-1.0)])
+
+
+@pytest.mark.parametrize(
+    "workers, together, sizes", [(1, None, [1] * 5), (1, 2, [2, 2, 1]), (4, 3, [2, 2, 1])]
+)
+def test_jobs_are_shared_out_so_that_every_process_has_some(workers, together, sizes, tmp_path):
+    pool = Pool(lambda jobs: jobs, Store(tmp_path / "runs.jsonl"), workers, together)
+    given = pool._shared_out([make_job(seed=seed) for seed in range(5)])
+    assert [len(jobs) if together else 1 for jobs in given] == sizes
+
+
 def test_the_whole_suite_in_small(tmp_path):
     few = ("--quick", "--methods", "adamw,continual,joint", "--workers", "1")
     few = (*few, "--epochs", "1", "--seeds", "2")

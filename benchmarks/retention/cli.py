@@ -23,7 +23,7 @@ from . import methods as known
 from .data import Dataset
 from .methods import Method
 from .sweep import Settings, measure
-from .training import PROTOCOL, Job, work
+from .training import PROTOCOL, Job, work, work_together
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,6 +31,8 @@ WORK = ROOT / ".benchmarks" / "retention"
 DEFAULTS = Settings()
 QUICK: dict[str, Any] = {"seeds": 1, "selection_seeds": 1, "growth": 0, "points": 2}
 QUICK_EPOCHS = 3
+#: Runs that a process makes in turns on a GPU.
+TOGETHER = 4
 
 
 def run_retention(
@@ -135,6 +137,12 @@ def _chosen(names: str | None, added: tuple[str, ...]) -> list[Method]:
     type=click.IntRange(min=1),
     help="Processes side by side, on one GPU or on the cores. [default: one per core]",
 )
+@click.option(
+    "--together",
+    type=click.IntRange(min=1),
+    help="Runs that a process makes in turns, on a GPU each on a stream of its own. "
+    "[default: 1 on a CPU, 4 on a GPU]",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:1.")
 @click.option(
     "--work",
@@ -162,6 +170,7 @@ def retention(
     seeds: int | None,
     selection_seeds: int | None,
     workers: int | None,
+    together: int | None,
     device: str,
     work_in: Path,
     out: Path,
@@ -186,8 +195,9 @@ def retention(
     options = {**(QUICK if quick else {}), **{k: v for k, v in given.items() if v is not None}}
     store = Store(work_in / f"{found.name}.jsonl", PROTOCOL)
     passes = epochs or (min(found.epochs, QUICK_EPOCHS) if quick else found.epochs)
-    do = functools.partial(work, data=prepared, device=on)
-    with Pool(do, store, workers or usable_cores()) as pool:
+    at_once = together or (TOGETHER if on.type == "cuda" else 1)
+    do = functools.partial(work_together if at_once > 1 else work, data=prepared, device=on)
+    with Pool(do, store, workers or usable_cores(), at_once if at_once > 1 else None) as pool:
         for replay in replays:
             settings = Settings(replay=replay, epochs=passes, **options)
             name = file_name(found, settings, quick)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..gradients import Gradients
+from ..jobs import Run, finish, interleave
 from ..kernels.machine import cpu_name
 from . import methods, models
 from .data import Dataset
@@ -104,6 +105,11 @@ def run(job: Job, data: Dataset, device: torch.device) -> dict[str, Any]:
         is not learnt yet, and in ``"select"`` runs all but the diagonal and the last row); for
         ``"report"`` runs ``curve_steps``, ``changes`` (batches before each task) and ``curves``.
     """
+    return finish(steps_of(job, data, device))
+
+
+def steps_of(job: Job, data: Dataset, device: torch.device) -> Run:
+    """:func:`run`, which stops after each batch."""
     started = time.perf_counter()
     method = methods.get(job.method)
     stream = make_stream(data, job.seed, selection=job.purpose == "select")
@@ -137,6 +143,7 @@ def run(job: Job, data: Dataset, device: torch.device) -> dict[str, Any]:
                 for act in learner.after_step:
                     act()
             record.after_batch(steps, within, task, last=within == len(batches))
+            yield
         record.end_task(task)
         if learner.ewc is not None and task + 1 < len(planned):
             learner.ewc.end_task(prepare(inputs[torch.from_numpy(tasks[task]).to(device)]))
@@ -145,9 +152,18 @@ def run(job: Job, data: Dataset, device: torch.device) -> dict[str, Any]:
 
 def work(job: Job, data: Path, device: torch.device) -> dict[str, Any]:
     """``run`` in a worker process: ``data`` is the file that a data set was saved to."""
-    result = run(job, _load(data), device)
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {**result, "device": on}
+    return _on(device, run(job, _load(data), device))
+
+
+def work_together(jobs: list[Job], data: Path, device: torch.device) -> list[dict[str, Any]]:
+    """The same for several, which take turns; the seconds of each are those of all."""
+    found = interleave(jobs, functools.partial(steps_of, data=_load(data), device=device), device)
+    return [_on(device, result) for result in found]
+
+
+def _on(device: torch.device, result: dict[str, Any]) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {**result, "device": name}
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.optim import AdamW, Optimizer
 
 from nested_optim import DeepNestedOptimizer, kernels
 
-from ..jobs import Store
+from ..jobs import Run, Store, finish, interleave
 from ..kernels.machine import cpu_name
 from .meta_tasks import TASKS, Setting, Trial
 
@@ -295,6 +296,16 @@ class Job:
 
 def work(job: Job, setting: Setting = Setting()) -> dict[str, Any]:  # noqa: B008 (a constant)
     """Train as the job says."""
+    return finish(steps_of(job, setting))
+
+
+def work_together(jobs: list[Job], setting: Setting) -> list[dict[str, Any]]:
+    """The same for several, which take turns; the time of a step is then that of all."""
+    return interleave(jobs, partial(steps_of, setting=setting), torch.device(setting.device))
+
+
+def steps_of(job: Job, setting: Setting) -> Run:
+    """:func:`work`, which stops after each step."""
     trial = TASKS[job.task].begin(job.seed, setting)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
@@ -307,6 +318,7 @@ def work(job: Job, setting: Setting = Setting()) -> dict[str, Any]:  # noqa: B00
         learner.step(trial.next_gradient())
         if step % every == 0:
             multipliers.append(learner.multipliers(job.lr))
+        yield
     figures = trial.figures()  # which waits for a device
     seconds = time.perf_counter() - started
     return {

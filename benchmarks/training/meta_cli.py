@@ -72,6 +72,14 @@ COLOURS = (
     help="Runs side by side, one thread each, on one GPU or on the cores. Default: the cores.",
 )
 @click.option(
+    "--together",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs that a process makes in turns, on a GPU each on a stream of its own; the time of a "
+    "step is then that of all of them.",
+)
+@click.option(
     "--work",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -96,6 +104,7 @@ def meta_command(
     steps: int | None,
     methods: tuple[str, ...],
     workers: int | None,
+    together: int,
     folder: Path | None,
     out: Path,
     quick: bool,
@@ -104,7 +113,7 @@ def meta_command(
     names = tuple(methods) or tuple(meta.METHODS)
     chosen = tuple(tasks) or meta_tasks.DEFAULTS
     if quick:
-        seeds, selection, steps, workers = 1, 1, steps or 30, 1
+        seeds, selection, steps, workers, together = 1, 1, steps or 30, 1, 1
         names = tuple(methods) or ("adamw", "deep_default")
         chosen = tuple(tasks) or ("digits",)
     if "adamw" not in names:
@@ -129,9 +138,11 @@ def meta_command(
                 setting = meta_tasks.Setting(str(device), str(Path(scratch) / f"{name}.pt"))
                 torch.save(contents[name], setting.saved)
                 of = contents[name].name
+            work = partial(meta.work_together if together > 1 else meta.work, setting=setting)
+            at_once = together if together > 1 else None
             with (
                 Progress(*columns, console=console) as progress,
-                Pool(partial(meta.work, setting=setting), store, workers or usable_cores()) as pool,
+                Pool(work, store, workers or usable_cores(), at_once) as pool,
             ):
                 bar = progress.add_task(name, total=0)
 
@@ -184,6 +195,7 @@ def meta_command(
             "machine": report.machine(),
             "device": machine.describe(device) if contents else "cpu",
             "workers": workers or usable_cores(),
+            "together": together,
             "seconds": time.perf_counter() - started,
         },
     }

@@ -46,3 +46,21 @@ def test_a_run_on_the_device_comes_to_about_the_same(key):
     for name in found[0]["read_outs"]:
         learnt = [sum(r["read_outs"][name]["task_il"][t][t] for t in range(5)) / 5 for r in found]
         assert learnt[0] == pytest.approx(learnt[1], abs=0.1)
+
+
+def test_runs_that_take_turns_on_streams_of_their_own_come_to_about_the_same(tmp_path):
+    data.digits().save(tmp_path / "d.pt")
+    jobs = [
+        training.Job("digits", key, methods.get(key).settings, 3e-3, seed, 50, 2, 10, "select")
+        for key in ("adamw", "continual_lrf")
+        for seed in (0, 1)
+    ]
+    device = torch.device("cuda")
+    for job, found in zip(jobs, training.work_together(jobs, tmp_path / "d.pt", device)):
+        alone = training.work(job, tmp_path / "d.pt", device)
+        for name, of_name in alone["read_outs"].items():
+            one, other = (
+                sum(matrix[t][t] for t in range(5)) / 5
+                for matrix in (of_name["task_il"], found["read_outs"][name]["task_il"])
+            )
+            assert one == pytest.approx(other, abs=0.05)

@@ -119,3 +119,15 @@ def test_steps_do_not_wait_for_the_device(method, setting):
             learner.multipliers(3e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("task", LARGE)
+def test_runs_that_take_turns_on_streams_of_their_own_come_to_about_the_same(task, setting):
+    jobs = [
+        meta.Job(task, method, (), 1e-3, 0.0, seed, STEPS, "noise")
+        for method in ("adamw", "deep_default")
+        for seed in (0, 1)
+    ]
+    for job, found in zip(jobs, meta.work_together(jobs, setting(task))):
+        alone = meta.work(job, setting(task))
+        assert found["validation loss"] == pytest.approx(alone["validation loss"], rel=2e-2)
