@@ -127,6 +127,7 @@ class _Plan:
         self.memory = self._memory()
         states = [optimizer.state[p] for p in self.params]
         self.steps = [state["step"] for state in states]
+        self._counted: tuple[list[int], list[int]] | None = None
         self.strides = [p.stride() for p in self.params]
         traces = [state["update_trace"] for state in states]
         self.kept = traces[0].dtype
@@ -189,7 +190,24 @@ class _Plan:
             return []
 
     def _memory(self) -> list[int]:
-        return list(map(_pointer, chain(self.params, self.tensors)))
+        """Where parameters lie; state is another tensor where it lies elsewhere."""
+        return list(map(_pointer, self.params))
+
+    def _counts(self) -> list[int]:
+        """Updates of each parameter so far. What has not been written to is not read again."""
+        versions = _versions(self.steps)
+        if self._counted is None or versions is None or versions != self._counted[0]:
+            counts = [int(step.item()) for step in self.steps]
+            if versions is None:
+                return counts
+            self._counted = versions, counts
+        return self._counted[1]
+
+    def _count(self) -> None:
+        _count(self.steps)
+        versions = _versions(self.steps)
+        if self._counted is not None and versions is not None:
+            self._counted = versions, [count + 1 for count in self._counted[1]]
 
     def fits(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
         """Whether these are the tensors and options that the plan was made for."""
@@ -210,33 +228,34 @@ class _Plan:
 
     def learn_alone(self, first: dict[str, Any]) -> None:
         """Gather what the gradients teach, for a meta update before the update."""
-        with kernels.on(self.device):
-            self._inputs(first)
-            self._run(first, measure=True, update=False)
-            self._learn(first, learn=True, keep=False)
+        self._launch(first, learn=True, update=False)
 
     def update(self, first: dict[str, Any], *, learn: bool) -> dict[int, Inputs]:
         """Update, and gather on the way; of each group's place, what the networks said."""
-        _count(self.steps)
-        with kernels.on(self.device):
-            self._inputs(first)
-            self._run(first, measure=learn, update=True)
-            self._learn(first, learn=learn, keep=True)
+        self._launch(first, learn=learn, update=True)
+        self._count()  # the device works already
         self._held = []
         return self._said()
 
+    def _launch(self, first: dict[str, Any], *, learn: bool, update: bool) -> None:
+        networks_ = self._networks(first)
+        with kernels.on(self.device):
+            self._inputs(*networks_)
+            self._run(first, measure=learn, update=update)
+            self._learn(first, *networks_, learn=learn, keep=update)
+
     def begin(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> None:
         """Bring gradients' addresses, counts and options to the device."""
-        grads: list[Tensor] = []
-        for i, grad in enumerate(chain.from_iterable(due.grads for due in dues)):
-            if grad.stride() != self.strides[i]:
-                grad = torch.empty_strided(
-                    grad.shape, self.strides[i], dtype=grad.dtype, device=grad.device
-                ).copy_(grad)
-            grads.append(grad)
+        grads = [grad for due in dues for grad in due.grads]
+        if list(map(Tensor.stride, grads)) != self.strides:
+            for i, (grad, strides) in enumerate(zip(grads, self.strides)):
+                if grad.stride() != strides:
+                    grads[i] = torch.empty_strided(
+                        grad.shape, strides, dtype=grad.dtype, device=grad.device
+                    ).copy_(grad)
         self._held = grads
-        steps = [int(step.item()) for step in self.steps]
-        self.upload.copy_(self.ring.write([*map(_pointer, grads), *steps]), non_blocking=True)
+        numbers_ = [*map(_pointer, grads), *self._counts()]
+        self.upload.copy_(self.ring.write(numbers_), non_blocking=True)
         loss = optimizer._loss
         on_device: list[tuple[Any, Tensor]] = []
         if loss is not None and not loss.is_cpu:
@@ -290,6 +309,7 @@ class _Plan:
 
         known = {
             "KEPT": KINDS[self.kept],
+            "WIDE": KINDS[self.kept],  # of the networks
             "LEARN_LR": "controller" in self.modules,
             "LEARN_MOMENTUM": "momentum" in self.modules,
             "LEARN_MIXING": "mixing" in self.modules,
@@ -303,11 +323,10 @@ class _Plan:
         }
         return flats, known
 
-    def _inputs(self, first: dict[str, Any]) -> None:
+    def _inputs(self, flats: list[Tensor], known: dict[str, Any]) -> None:
         """What multiplies what in the pass, by the networks' present weights."""
         from .kernels import learned_networks as source
 
-        flats, known = self._networks(first)
         count, n_groups = len(self.params), len(self.groups)
         steps, constants = self.upload[count:], (*known.values(), source.BLOCK)
         args = (
@@ -331,14 +350,22 @@ class _Plan:
             )  # fmt: skip
             source.launch_pass((self.device, constants), (launch.count, 1, 1), args)
 
-    def _learn(self, first: dict[str, Any], *, learn: bool, keep: bool) -> None:
+    def _learn(
+        self,
+        first: dict[str, Any],
+        flats: list[Tensor],
+        known: dict[str, Any],
+        *,
+        learn: bool,
+        keep: bool,
+    ) -> None:
         """After the pass: gather what it says about the weights; write the traces."""
         from .kernels import learned_networks as source
 
-        flats, known = self._networks(first)
         count = len(self.params)
-        kept_in, *others = known.values()
-        steps, constants = self.upload[count:], (kept_in, learn, keep, *others, source.BLOCK)
+        kept_in, wide, *others = known.values()
+        constants = kept_in, wide, learn, keep, *others, source.BLOCK
+        steps = self.upload[count:]
         args: tuple[Any, ...] = (
             self.rows, steps, self.settings, *flats, self.seen, self.sums, self.lengths,
             self.found, count, len(self.groups), self.total, *constants,
@@ -378,6 +405,13 @@ class _Plan:
                 mixing if "mixing" in self.modules else None,
             )
         return found
+
+
+def _versions(tensors: list[Tensor]) -> list[int] | None:
+    """How often each has been written to; None where nobody counts."""
+    if any(map(Tensor.is_inference, tensors)):
+        return None
+    return [tensor._version for tensor in tensors]
 
 
 def _structure(groups: Sequence[dict[str, Any]]) -> list[Any]:

@@ -239,6 +239,7 @@ def test_the_learned_networks_compile(kept, slow, learns, monkeypatch):
     kinds = {"rows": "*i64", "steps": "*i64", "settings": "*fp64", **dict.fromkeys(flats, "*fp32")}
     kinds |= {"multipliers": "*fp64", "seen": f"*{kind}", "said": "*fp64", "orders": "*fp64"}
     constants = {"KEPT": {"fp32": triton.language.float32, "fp64": triton.language.float64}[kind]}
+    constants["WIDE"] = constants["KEPT"]
     constants |= {"LEARN_LR": True, "LEARN_MOMENTUM": True, "LEARN_MIXING": slow > 0}
     constants |= {"CONTROLLER": 32, "CONTROLLER_WIDTH": 32, "MOMENTUM": 50, "MOMENTUM_WIDTH": 64}
     constants |= {"F1": 10, "F2": 100, "N_SLOW": slow, "BLOCK": module.BLOCK}

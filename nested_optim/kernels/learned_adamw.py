@@ -60,6 +60,13 @@ def _write(pointer, x, mask, KIND: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
+def _folded(x, CHUNK: tl.constexpr):
+    # Of the four elements that a thread has: a sum takes a register instead of four, without which
+    # there are too few for all loads to be on their way at once.
+    return tl.sum(tl.reshape(x, [CHUNK // 4, 4]), axis=1)
+
+
+@triton.jit
 def _span(
     row,
     order,
@@ -119,7 +126,7 @@ def _span(
     penalty = tl.load(order + 17).to(WIDE)
 
     lanes = tl.arange(0, CHUNK)
-    zero = tl.zeros([CHUNK], WIDE)
+    zero = tl.zeros([CHUNK // 4], WIDE)
     g_p, g_g, g_m, m_m, p_p = zero, zero, zero, zero, zero
     h_m, h_l, h_a, h_b, d_d = zero, zero, zero, zero, zero
     for at in range(0, left, CHUNK):
@@ -137,10 +144,10 @@ def _span(
             a = _read(a_at + here, mask, WIDE, FULL)
         if N_SLOW > 1:
             b = _read(b_at + here, mask, WIDE, FULL)
-        g_g += g * g
-        g_m += g * m
-        m_m += m * m
-        p_p += p * p
+        g_g += _folded(g * g, CHUNK)
+        g_m += _folded(g * m, CHUNK)
+        m_m += _folded(m * m, CHUNK)
+        p_p += _folded(p * p, CHUNK)
         if MEASURE:
             last = _read(l_at + here, mask, WIDE, FULL)
             h, direction = g, m
@@ -153,14 +160,14 @@ def _span(
                     denominator = tl.where(mask, denominator, 1.0)
                 h = g / denominator
                 direction = m / denominator
-            g_p += g * p
-            h_m += h * m
-            h_l += h * last
-            d_d += direction * direction
+            g_p += _folded(g * p, CHUNK)
+            h_m += _folded(h * m, CHUNK)
+            h_l += _folded(h * last, CHUNK)
+            d_d += _folded(direction * direction, CHUNK)
             if N_SLOW > 0:
-                h_a += h * a
+                h_a += _folded(h * a, CHUNK)
             if N_SLOW > 1:
-                h_b += h * b
+                h_b += _folded(h * b, CHUNK)
         if UPDATE:
             g = g * sign + penalty * p
             _write(l_at + here, g, mask, LAST, FULL)

@@ -1,4 +1,8 @@
-"""What the kernels around a learned update are made of: networks and bounds, in float64."""
+"""What the kernels around a learned update are made of: networks, bounds, sums in memory.
+
+A launch of these programs takes as long as one of them, and that is by and large the number of its
+instructions: so what float32 can hold is computed in it, unless parameters are float64.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +56,21 @@ def number_at(vector, k, lanes):
 
 @triton.jit
 def network(
-    flat, start, x, IN: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr
+    flat,
+    start,
+    x,
+    WIDE: tl.constexpr,
+    IN: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT: tl.constexpr,
 ):
     """A network for one row of 8 features: how far its outputs are from those at the start.
 
     Both sets of weights go side by side, since each layer waits for the one before.
 
     Returns:
-        ``(WIDTH,)`` twice, the hidden layers at the present weights, and ``(4,)``.
+        ``(WIDTH,)`` twice, the hidden layers at the present weights, and ``(4,)``; all in ``WIDE``.
     """
     which = tl.arange(0, 2)
     f = tl.arange(0, 8)
@@ -70,21 +81,21 @@ def network(
     layer = weights[:, None] + i[None, :] * (IN + 1)
     inside = (which[:, None] < 2) & (i[None, :] < HIDDEN)
     known = inside[:, :, None] & (f[None, None, :] < IN)
-    matrix = tl.load(layer[:, :, None] + f[None, None, :], mask=known, other=0.0).to(tl.float64)
-    bias = tl.load(layer + IN, mask=inside, other=0.0).to(tl.float64)
-    first = tanh(tl.sum(matrix * x[None, None, :], axis=2) + bias)
+    matrix = tl.load(layer[:, :, None] + f[None, None, :], mask=known, other=0.0).to(WIDE)
+    bias = tl.load(layer + IN, mask=inside, other=0.0).to(WIDE)
+    first = tanh(tl.sum(matrix * x.to(WIDE)[None, None, :], axis=2) + bias)
 
     layer = weights[:, None] + HIDDEN * (IN + 1) + i[None, :] * (HIDDEN + 1)
     known = inside[:, :, None] & (i[None, None, :] < HIDDEN)
-    matrix = tl.load(layer[:, :, None] + i[None, None, :], mask=known, other=0.0).to(tl.float64)
-    bias = tl.load(layer + HIDDEN, mask=inside, other=0.0).to(tl.float64)
+    matrix = tl.load(layer[:, :, None] + i[None, None, :], mask=known, other=0.0).to(WIDE)
+    bias = tl.load(layer + HIDDEN, mask=inside, other=0.0).to(WIDE)
     second = tanh(tl.sum(matrix * first[:, None, :], axis=2) + bias)
 
     layer = weights[:, None] + HIDDEN * (IN + HIDDEN + 2) + o[None, :] * (HIDDEN + 1)
     inside = (which[:, None] < 2) & (o[None, :] < OUT)
     known = inside[:, :, None] & (i[None, None, :] < HIDDEN)
-    matrix = tl.load(layer[:, :, None] + i[None, None, :], mask=known, other=0.0).to(tl.float64)
-    bias = tl.load(layer + HIDDEN, mask=inside, other=0.0).to(tl.float64)
+    matrix = tl.load(layer[:, :, None] + i[None, None, :], mask=known, other=0.0).to(WIDE)
+    bias = tl.load(layer + HIDDEN, mask=inside, other=0.0).to(WIDE)
     out = tl.sum(matrix * second[:, None, :], axis=2) + bias
 
     now = which[:, None] == 0
@@ -95,19 +106,20 @@ def network(
 
 
 @triton.jit
-def momentum_bounds(setting, o):
+def momentum_bounds(setting, o, WIDE: tl.constexpr):
     """``(4,)`` twice: of the logarithm of scale, of shift, and of damping."""
     widest = tl.load(setting + 15)
     furthest = tl.load(setting + 16)
     low = tl.where(o == 0, -widest, tl.where(o == 1, -furthest, -tl.load(setting + 22)))
     high = tl.where(o == 0, widest, tl.where(o == 1, furthest, 1.0))
-    return low, high
+    return low.to(WIDE), high.to(WIDE)
 
 
 @triton.jit
-def momentum_paces(setting, o):
+def momentum_paces(setting, o, WIDE: tl.constexpr):
     """``(4,)``: what the momentum network's outputs are multiplied by."""
-    return tl.load(setting + 17) * tl.load(setting + 19 + o, mask=o < 3, other=0.0)
+    paces = tl.load(setting + 17) * tl.load(setting + 19 + o, mask=o < 3, other=0.0)
+    return paces.to(WIDE)
 
 
 @triton.jit
@@ -122,3 +134,20 @@ def slow_weight(step, frequency, beta):
 @triton.jit
 def power(beta, step):
     return tl.where(step == 0, 1.0, tl.exp(step.to(tl.float64) * tl.log(beta)))
+
+
+@triton.jit
+def add_to(at, values, factor, mask, again):
+    """Add to what lies at these addresses, or without ``again`` write over it.
+
+    What may be of any size is the float64 ``factor``.
+    """
+    before = tl.load(at, mask=tl.where(again, mask, False), other=0.0)
+    tl.store(at, before + values.to(tl.float64) * factor, mask=mask)
+
+
+@triton.jit
+def add_matrix(at, columns, left, right, factor, left_mask, right_mask, again):
+    """Add the outer product of two vectors to a matrix whose rows begin at ``at``."""
+    mask = left_mask[:, None] & right_mask[None, :]
+    add_to(at[:, None] + columns[None, :], left[:, None] * right[None, :], factor, mask, again)

@@ -2,7 +2,8 @@
 
 What :mod:`nested_optim.meta` computes with torch's operations, some hundred small ones per step,
 is here :func:`inputs_kernel` before the pass over the parameters and :func:`learn_kernel` and
-:func:`collect_kernel` after it. All of it is computed in float64, as it is there.
+:func:`collect_kernel` after it. Sums are float64; the networks are computed in ``WIDE``, which is
+float64 if the traces are, and else float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import triton.language as tl
 
 from .launcher import Launcher
 from .learned_layers import (
+    add_matrix,
+    add_to,
     as_kept,
     bounded,
     finite,
@@ -26,7 +29,7 @@ from .learned_layers import (
 )
 
 #: Tensors per pass of a program's loop over a group, and spans per pass over a tensor's sums.
-BLOCK = 256
+BLOCK = 128
 NUM_WARPS = 8
 
 
@@ -41,6 +44,7 @@ def _of_group(
     seen,
     pid,
     KEPT: tl.constexpr,
+    WIDE: tl.constexpr,
     LEARN_LR: tl.constexpr,
     CONTROLLER: tl.constexpr,
     CONTROLLER_WIDTH: tl.constexpr,
@@ -80,9 +84,13 @@ def _of_group(
     if LEARN_LR:
         tl.store(seen + pid * 8 + k, x.to(KEPT))
         x = as_kept(x, KEPT)
-        _, _, moved = network(controller, controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1)
-        raw = tl.load(setting + 17) * number_at(moved, 0, tl.arange(0, 4))
-        out = tl.exp(bounded(raw, tl.load(setting + 13), tl.load(setting + 14)))
+        _, _, moved = network(
+            controller, controller_start, x, WIDE, 6, CONTROLLER, CONTROLLER_WIDTH, 1
+        )
+        raw = tl.load(setting + 17).to(WIDE) * number_at(moved, 0, tl.arange(0, 4))
+        low = tl.load(setting + 13).to(WIDE)
+        high = tl.load(setting + 14).to(WIDE)
+        out = tl.exp(bounded(raw, low, high)).to(tl.float64)
     else:
         tl.store(seen + pid * 8 + k, tl.zeros([8], tl.float64).to(KEPT))
     tl.store(multipliers + pid, out)
@@ -102,6 +110,7 @@ def _of_tensor(
     tensor,
     n_groups,
     KEPT: tl.constexpr,
+    WIDE: tl.constexpr,
     LEARN_MOMENTUM: tl.constexpr,
     LEARN_MIXING: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -131,10 +140,11 @@ def _of_tensor(
         x = tl.load(trace + k, mask=k < 4, other=0.0).to(tl.float64)
         x = tl.where(k == 2, x, log_size(x, count))  # the third is a cosine
         x = as_kept(tl.where(k < 4, finite(x), 0.0), KEPT)
-        _, _, moved = network(momentum, momentum_start, x, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
-        low, high = momentum_bounds(setting, o)
-        outs = bounded(momentum_paces(setting, o) * moved, low, high)
-        scale = tl.exp(number_at(outs, 0, o))
+        _, _, moved = network(momentum, momentum_start, x, WIDE, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
+        low, high = momentum_bounds(setting, o, WIDE)
+        outs = bounded(momentum_paces(setting, o, WIDE) * moved, low, high)
+        outs = tl.where(o == 0, tl.exp(outs), outs).to(tl.float64)
+        scale = number_at(outs, 0, o)
         shift = number_at(outs, 1, o)
         damping = number_at(outs, 2, o)
     tl.store(seen + (n_groups + tensor) * 8 + k, x.to(KEPT))
@@ -196,6 +206,7 @@ def inputs_kernel(
     orders,
     n_groups,
     KEPT: tl.constexpr,
+    WIDE: tl.constexpr,
     LEARN_LR: tl.constexpr,
     LEARN_MOMENTUM: tl.constexpr,
     LEARN_MIXING: tl.constexpr,
@@ -232,19 +243,14 @@ def inputs_kernel(
     if pid < n_groups:
         _of_group(
             rows, steps, settings, controller, controller_start, multipliers, seen, pid,
-            KEPT, LEARN_LR, CONTROLLER, CONTROLLER_WIDTH, BLOCK,
+            KEPT, WIDE, LEARN_LR, CONTROLLER, CONTROLLER_WIDTH, BLOCK,
         )  # fmt: skip
     else:
         _of_tensor(
             rows, steps, settings, momentum, momentum_start, mixing, seen, said, orders,
-            (pid - n_groups).to(tl.int64), n_groups, KEPT, LEARN_MOMENTUM, LEARN_MIXING, MOMENTUM,
-            MOMENTUM_WIDTH, F1, F2, N_SLOW,
+            (pid - n_groups).to(tl.int64), n_groups, KEPT, WIDE, LEARN_MOMENTUM, LEARN_MIXING,
+            MOMENTUM, MOMENTUM_WIDTH, F1, F2, N_SLOW,
         )  # fmt: skip
-
-
-@triton.jit
-def _outer(a, b):
-    return a[:, None] * b[None, :]
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_groups", "total"])
@@ -265,6 +271,7 @@ def learn_kernel(
     n_groups,
     total,
     KEPT: tl.constexpr,
+    WIDE: tl.constexpr,
     LEARN: tl.constexpr,
     KEEP: tl.constexpr,
     LEARN_LR: tl.constexpr,
@@ -294,20 +301,14 @@ def learn_kernel(
     r = tl.arange(0, BLOCK)
     i = tl.arange(0, CONTROLLER_WIDTH)
     j = tl.arange(0, MOMENTUM_WIDTH)
-    c1 = tl.zeros([CONTROLLER_WIDTH, 8], tl.float64)
-    c2 = tl.zeros([CONTROLLER_WIDTH, CONTROLLER_WIDTH], tl.float64)
-    c1_bias = tl.zeros([CONTROLLER_WIDTH], tl.float64)
-    c2_bias = tl.zeros([CONTROLLER_WIDTH], tl.float64)
-    c3 = tl.zeros([CONTROLLER_WIDTH], tl.float64)
-    m1 = tl.zeros([MOMENTUM_WIDTH, 8], tl.float64)
-    m2 = tl.zeros([MOMENTUM_WIDTH, MOMENTUM_WIDTH], tl.float64)
-    m1_bias = tl.zeros([MOMENTUM_WIDTH], tl.float64)
-    m2_bias = tl.zeros([MOMENTUM_WIDTH], tl.float64)
-    m3 = tl.zeros([MOMENTUM_WIDTH, 4], tl.float64)
     o = tl.arange(0, 4)
-    m3_bias = tl.zeros([4], tl.float64)
-    c3_bias = tl.zeros([4], tl.float64)
-    mixed = tl.zeros([4], tl.float64)
+    out = found + pid.to(tl.int64) * total
+    out_momentum = out
+    if LEARN_LR:
+        out_momentum += (CONTROLLER + 1) * (CONTROLLER + 1) + CONTROLLER * 7
+    out_mixing = out_momentum
+    if LEARN_MOMENTUM:
+        out_mixing += (MOMENTUM + 3) * (MOMENTUM + 1) + MOMENTUM * 5
     for tensor in range(pid, n_tensors, tl.num_programs(0)):
         row = rows + tensor * 16
         group = tl.load(row + 12)
@@ -341,25 +342,26 @@ def learn_kernel(
             gain = tl.load(setting + 17)
             if LEARN_LR:
                 x1, x2, moved = network(
-                    controller, controller_start, x, 6, CONTROLLER, CONTROLLER_WIDTH, 1
+                    controller, controller_start, x, WIDE, 6, CONTROLLER, CONTROLLER_WIDTH, 1
                 )
-                raw = gain * number_at(moved, 0, o)
-                low = tl.load(setting + 13)
-                high = tl.load(setting + 14)
-                multiplier = tl.exp(bounded(raw, low, high))
-                to_raw = multiplier * slope(raw, low, high) * gain
+                raw = gain.to(WIDE) * number_at(moved, 0, o)
+                low = tl.load(setting + 13).to(WIDE)
+                high = tl.load(setting + 14).to(WIDE)
+                multiplier = tl.exp(bounded(raw, low, high)).to(tl.float64)
+                to_raw = multiplier * slope(raw, low, high).to(tl.float64) * gain
             if LEARN_MOMENTUM:
                 y1, y2, turned = network(
-                    momentum, momentum_start, y, 4, MOMENTUM, MOMENTUM_WIDTH, 3
+                    momentum, momentum_start, y, WIDE, 4, MOMENTUM, MOMENTUM_WIDTH, 3
                 )
-                paces = momentum_paces(setting, o)
-                low, high = momentum_bounds(setting, o)
+                paces = momentum_paces(setting, o, WIDE)
+                low, high = momentum_bounds(setting, o, WIDE)
                 outs = bounded(paces * turned, low, high)
-                scale = tl.exp(number_at(outs, 0, o))
+                to_raws = slope(paces * turned, low, high) * paces
+                to_raws = tl.where(o == 0, tl.exp(outs) * to_raws, to_raws).to(tl.float64)
+                outs = tl.where(o == 0, tl.exp(outs), outs).to(tl.float64)
+                scale = number_at(outs, 0, o)
                 shift = number_at(outs, 1, o)
                 damping = number_at(outs, 2, o)
-                to_raws = slope(paces * turned, low, high) * paces
-                to_raws = tl.where(o == 0, scale * to_raws, to_raws)
             direction = scale * fast + shift * now
             slow1, slow2 = 0.0, 0.0
             mixing_gain = tl.load(setting + 18)
@@ -386,44 +388,57 @@ def learn_kernel(
             length = lr * multiplier * scale * w0 / correction
             tl.store(lengths + tensor * 2, g_g)
             tl.store(lengths + tensor * 2 + 1, length * length * number_at(totals, 7, c))
+            # Added up in memory: registers would have to hold a matrix of each network throughout.
+            again = tensor > pid
             if LEARN_MIXING:
-                mixed -= size * mixing_gain * slope(raw_w, -1.0, 1.0) * by_w
+                mixed = -size * mixing_gain * slope(raw_w, -1.0, 1.0) * by_w
+                add_to(out_mixing + o, mixed, 1.0, o <= N_SLOW, again)
             if LEARN_LR:
                 d_out = -(before * decay + lr * direction) * to_raw
                 row3 = controller + CONTROLLER * 7 + CONTROLLER * (CONTROLLER + 1)
-                weights3 = tl.load(row3 + i, mask=i < CONTROLLER, other=0.0).to(tl.float64)
-                d2 = d_out * weights3 * (1 - x2 * x2)
-                at2_ = controller + CONTROLLER * 7 + i[:, None] * (CONTROLLER + 1) + i[None, :]
-                both = (i[:, None] < CONTROLLER) & (i[None, :] < CONTROLLER)
-                matrix = tl.load(at2_, mask=both, other=0.0).to(tl.float64)
+                weights3 = tl.load(row3 + i, mask=i < CONTROLLER, other=0.0).to(WIDE)
+                inside = i < CONTROLLER
+                d2 = weights3 * (1 - x2 * x2)  # for a derivative of 1 by the output
+                weights2 = controller + CONTROLLER * 7 + i[:, None] * (CONTROLLER + 1) + i[None, :]
+                both = inside[:, None] & inside[None, :]
+                matrix = tl.load(weights2, mask=both, other=0.0).to(WIDE)
                 d1 = tl.sum(matrix * d2[:, None], axis=0) * (1 - x1 * x1)
-                c1 += _outer(d1, x)
-                c1_bias += d1
-                c2 += _outer(d2, x1)
-                c2_bias += d2
-                c3 += d_out * x2
-                c3_bias += tl.where(o == 0, d_out, 0.0)
+                at1 = out + i * 7
+                add_matrix(at1, k, d1, x.to(WIDE), d_out, inside, k < 6, again)
+                add_to(at1 + 6, d1, d_out, inside, again)
+                at2 = out + CONTROLLER * 7 + i * (CONTROLLER + 1)
+                add_matrix(at2, i, d2, x1, d_out, inside, inside, again)
+                add_to(at2 + CONTROLLER, d2, d_out, inside, again)
+                at3 = out + CONTROLLER * (CONTROLLER + 8)
+                add_to(at3 + i, x2, d_out, inside, again)
+                add_to(at3 + CONTROLLER + o, tl.full([4], 1.0, WIDE), d_out, o == 0, again)
             if LEARN_MOMENTUM:
                 new = (1 - beta1) / correction * now
                 old = (fast - new) / (1 - damping)
                 by_out = tl.where(o == 0, -fast, tl.where(o == 1, -now, scale * old))
-                outs = tl.where(o < 3, size * w0 * by_out * to_raws, 0.0)
+                d_outs = tl.where(o < 3, size * w0 * by_out * to_raws, 0.0)
+                largest = tl.max(tl.abs(d_outs))
+                largest = tl.where(largest > 0, largest, 1.0)
+                outs = (d_outs / largest).to(WIDE)
                 row4 = momentum + MOMENTUM * 5 + MOMENTUM * (MOMENTUM + 1)
-                inside = (j < MOMENTUM)[:, None] & (o[None, :] < 3)
-                at3_ = row4 + o[None, :] * (MOMENTUM + 1) + j[:, None]
-                matrix = tl.load(at3_, mask=inside, other=0.0).to(tl.float64)
-                back = tl.sum(matrix * outs[None, :], axis=1)
-                e2 = back * (1 - y2 * y2)
-                at2_ = momentum + MOMENTUM * 5 + j[:, None] * (MOMENTUM + 1) + j[None, :]
-                both = (j[:, None] < MOMENTUM) & (j[None, :] < MOMENTUM)
-                matrix = tl.load(at2_, mask=both, other=0.0).to(tl.float64)
+                inside = j < MOMENTUM
+                weights3 = row4 + o[None, :] * (MOMENTUM + 1) + j[:, None]
+                known = inside[:, None] & (o[None, :] < 3)
+                matrix = tl.load(weights3, mask=known, other=0.0).to(WIDE)
+                e2 = tl.sum(matrix * outs[None, :], axis=1) * (1 - y2 * y2)
+                weights2 = momentum + MOMENTUM * 5 + j[:, None] * (MOMENTUM + 1) + j[None, :]
+                both = inside[:, None] & inside[None, :]
+                matrix = tl.load(weights2, mask=both, other=0.0).to(WIDE)
                 e1 = tl.sum(matrix * e2[:, None], axis=0) * (1 - y1 * y1)
-                m1 += _outer(e1, y)
-                m1_bias += e1
-                m2 += _outer(e2, y1)
-                m2_bias += e2
-                m3 += _outer(y2, outs)
-                m3_bias += outs
+                at1 = out_momentum + j * 5
+                add_matrix(at1, k, e1, y.to(WIDE), largest, inside, k < 4, again)
+                add_to(at1 + 4, e1, largest, inside, again)
+                at2 = out_momentum + MOMENTUM * 5 + j * (MOMENTUM + 1)
+                add_matrix(at2, j, e2, y1, largest, inside, inside, again)
+                add_to(at2 + MOMENTUM, e2, largest, inside, again)
+                at3 = out_momentum + MOMENTUM * (MOMENTUM + 6) + o * (MOMENTUM + 1)
+                add_matrix(at3, j, outs, y2, largest, o < 3, inside, again)
+                add_to(at3 + MOMENTUM, outs, largest, o < 3, again)
         if KEEP:
             tl.debug_barrier()  # all threads have read the trace
             group_seen = tl.load(seen + group * 8 + k, mask=k < 6, other=0.0)
@@ -443,35 +458,6 @@ def learn_kernel(
                 tl.store(trace + 13, (0.0 * sign).to(KEPT))
                 tl.store(trace + 14, (0.0 * sign).to(KEPT))
             tl.store(trace + 15, tl.sqrt(p_p).to(KEPT))
-    if LEARN:
-        out = found + pid.to(tl.int64) * total
-        if LEARN_LR:
-            inside = i[:, None] < CONTROLLER
-            tl.store(out + i[:, None] * 7 + k[None, :], c1, mask=inside & (k[None, :] < 6))
-            tl.store(out + i * 7 + 6, c1_bias, mask=i < CONTROLLER)
-            out += CONTROLLER * 7
-            at = out + i[:, None] * (CONTROLLER + 1) + i[None, :]
-            tl.store(at, c2, mask=inside & (i[None, :] < CONTROLLER))
-            tl.store(out + i * (CONTROLLER + 1) + CONTROLLER, c2_bias, mask=i < CONTROLLER)
-            out += CONTROLLER * (CONTROLLER + 1)
-            tl.store(out + i, c3, mask=i < CONTROLLER)
-            tl.store(out + CONTROLLER + o, c3_bias, mask=o == 0)
-            out += CONTROLLER + 1
-        if LEARN_MOMENTUM:
-            inside = j[:, None] < MOMENTUM
-            tl.store(out + j[:, None] * 5 + k[None, :], m1, mask=inside & (k[None, :] < 4))
-            tl.store(out + j * 5 + 4, m1_bias, mask=j < MOMENTUM)
-            out += MOMENTUM * 5
-            at = out + j[:, None] * (MOMENTUM + 1) + j[None, :]
-            tl.store(at, m2, mask=inside & (j[None, :] < MOMENTUM))
-            tl.store(out + j * (MOMENTUM + 1) + MOMENTUM, m2_bias, mask=j < MOMENTUM)
-            out += MOMENTUM * (MOMENTUM + 1)
-            at = out + o[None, :] * (MOMENTUM + 1) + j[:, None]
-            tl.store(at, m3, mask=inside & (o[None, :] < 3))
-            tl.store(out + o * (MOMENTUM + 1) + MOMENTUM, m3_bias, mask=o < 3)
-            out += 3 * (MOMENTUM + 1)
-        if LEARN_MIXING:
-            tl.store(out + o, mixed, mask=o <= N_SLOW)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
