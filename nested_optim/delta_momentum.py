@@ -15,7 +15,8 @@ from torch.optim.optimizer import (
 )
 
 from . import kernels, rules
-from .delta_steps import DeltaSteps
+from .delta_steps import DeltaSteps, takes
+from .fused import Work
 from .memory_argument import MemoryT
 from .momentum import MomentumOptimizer, foreach_decay, foreach_descend, foreach_scale, in_place
 from .nested import _buckets
@@ -99,9 +100,7 @@ class DeltaMomentum(MomentumOptimizer):
     def _run_kernels(
         self, group: dict[str, Any], kept: list[list[Tensor]], grads: list[Tensor]
     ) -> list[int] | None:
-        if not (group["delta_rate"] and group["momentum"]) or torch.compiler.is_compiling():
-            return None  # without the term, torch's operations have torch.optim.SGD's bits
-        if group["foreach"] is not None or group["differentiable"]:
+        if torch.compiler.is_compiling() or not takes(group):
             return None
         if not any(map(kernels.available, {p.device for p in kept[0]})):
             return None
@@ -109,6 +108,15 @@ class DeltaMomentum(MomentumOptimizer):
             self._kernel_steps = DeltaSteps()
         params, bufs = kept
         return self._kernel_steps(group, params, bufs, grads, _product_dtype(group))
+
+    def _repeat_step(self) -> bool:
+        if self._kernel_steps is None or torch.compiler.is_compiling():
+            return False
+        return self._kernel_steps.repeat(self)
+
+    def _remember_step(self, work: Work) -> None:
+        if self._kernel_steps is not None and not torch.compiler.is_compiling():
+            self._kernel_steps.remember(self, work)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -39,9 +39,9 @@ def launched(monkeypatch):
     sizes = []
     update = DeltaTable.update
 
-    def counted(self, *args, **kwargs):
-        sizes.append(len(self.entries))
-        update(self, *args, **kwargs)
+    def counted(self, part, *args, **kwargs):
+        sizes.append(self.parts[part])
+        update(self, part, *args, **kwargs)
 
     monkeypatch.setattr(DeltaTable, "update", counted)
     return sizes
