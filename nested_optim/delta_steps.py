@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import kernels
 from .nested import _count
-from .tensors import capturing, is_dtensor, to_scalar
+from .tensors import capturing, to_scalar
 
 if TYPE_CHECKING:
     from .fused import Work
@@ -114,19 +114,20 @@ class DeltaSteps:
         captured = capturing()
         key = (product_dtype, *map(id, chain(params, bufs)))
         plan = self._plans.get(key)
-        addresses = plan.find(grads) if plan is not None else None
-        if plan is None or addresses is None or not plan.lies():
+        found = plan.find(grads) if plan is not None else None
+        if plan is None or found is None or not plan.lies():
             if captured:  # tables are made outside
                 return None
             plan = _Plan(params, bufs, grads, product_dtype)
-            addresses = plan.find(grads) or []
+            found = plan.find(grads)
+            assert found is not None  # it is made of these
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
         if captured:
             self._captured.append(plan)
         self._used.append(plan)
-        plan.measure(group, addresses, captured)
+        plan.measure(group, found, captured)
         plan.update(group)
         return plan.left
 
@@ -171,7 +172,8 @@ class DeltaSteps:
 class _Step:
     """All that a step depended on, but for numbers.
 
-    What is not noticed: ``tensor.data = ...`` on a state tensor other than ``momentum_buffer``.
+    What is not noticed: ``tensor.data = ...`` that gives a tensor another shape, of as many
+    elements at the same address.
     """
 
     def __init__(self, optimizer: LevelOptimizer, work: Work, plans: list[_Plan]) -> None:
@@ -185,8 +187,8 @@ class _Step:
         present = {id(p) for _, params, _ in work for p in params}
         self._absent = [p for ps in self._members for p in ps if id(p) not in present]
 
-    def find(self, optimizer: LevelOptimizer) -> list[list[int]] | None:
-        """The gradients' addresses, if these are such gradients of the same groups."""
+    def find(self, optimizer: LevelOptimizer) -> list[list[list[int]]] | None:
+        """The gradients' addresses for each plan, if they are such ones of the same groups."""
         groups = optimizer.param_groups
         if not (_same(groups, self._groups) and all(map(takes, groups))):
             return None
@@ -230,16 +232,10 @@ class _Plan:
         product_dtype: torch.dtype | None,
     ) -> None:
         self.params, self._bufs = list(params), list(bufs)
-        #: DTensors are never served, and are not asked for their memory.
-        self._plain = not any(map(is_dtensor, chain(params, bufs)))
         self.left: list[int] = []
         self.buckets: list[_Bucket] = []
-        if not self._plain:
-            self.left.extend(range(len(params)))
-            return
-        self._addresses = list(map(Tensor.data_ptr, params))
-        self._memory = self._read_memory()
-        self._types, self._layouts = list(map(type, grads)), _layouts(grads)
+        self._types = list(map(type, grads))
+        self._layouts = _layouts(grads), _layouts([*params, *bufs])
         self._strided = [i for i, grad in enumerate(grads) if not grad.is_contiguous()]
         self._strides = [grads[i].stride() for i in self._strided]
         dtypes = [_product_dtype(buf, product_dtype) for buf in bufs]
@@ -251,42 +247,43 @@ class _Plan:
                 self.left.append(i)
         for (_, _, _, grad_dtype), members in buckets.items():
             self.buckets.append(_bucket(members, params, bufs, grad_dtype, dtypes[members[0]]))
+        # What is left to others, which may have no memory of its own, is not asked where it lies.
+        served = [i for bucket in self.buckets for i in bucket.members]
+        self._served = [params[i] for i in served], [bufs[i] for i in served]
+        self._addresses = [list(map(Tensor.data_ptr, tensors)) for tensors in self._served]
 
     # ------------------------------------------------------------------ is it true?
 
-    def find(self, grads: list[Any]) -> list[int] | None:
-        """The gradients' addresses, if they are as the plan's and the parameters are in place.
+    def find(self, grads: list[Any]) -> list[list[int]] | None:
+        """The gradients' addresses in each bucket, if they are as the plan's were.
 
-        Then what only reads gradients and parameters may begin.
+        And if the parameters are in place: what only reads both may begin.
         """
-        if not self._plain:
-            return []
         try:
-            if list(map(type, grads)) != self._types or _layouts(grads) != self._layouts:
+            if list(map(type, grads)) != self._types or _layouts(grads) != self._layouts[0]:
                 return None
-            addresses = list(map(Tensor.data_ptr, grads))
-        except (TypeError, RuntimeError):  # None, or of a layout without memory
+        except RuntimeError:  # of a layout that has no such thing
             return None
         if self._strided and [grads[i].stride() for i in self._strided] != self._strides:
             return None
-        if list(map(Tensor.data_ptr, self.params)) != self._addresses:
+        if list(map(Tensor.data_ptr, self._served[0])) != self._addresses[0]:
             return None
-        return addresses
+        return [[grads[i].data_ptr() for i in bucket.members] for bucket in self.buckets]
 
     def lies(self) -> bool:
         """Whether parameters, which :meth:`find` has found, and buffers lie as they did."""
-        return not self._plain or self._read_memory() == self._memory
-
-    def _read_memory(self) -> list[list[Any]]:
-        return [list(map(Tensor.data_ptr, self._bufs)), *_layouts([*self.params, *self._bufs])]
+        return (
+            list(map(Tensor.data_ptr, self._served[1])) == self._addresses[1]
+            and _layouts([*self.params, *self._bufs]) == self._layouts[1]
+        )
 
     # ------------------------------------------------------------------ using it
 
-    def measure(self, group: dict[str, Any], addresses: list[int], captured: bool) -> None:
+    def measure(self, group: dict[str, Any], found: list[list[int]], captured: bool) -> None:
         """Norms of the gradients, and what follows from them; no tensor of the step is written."""
-        for bucket in self.buckets:
+        for bucket, addresses in zip(self.buckets, found):
             bucket.table.measure(
-                [addresses[i] for i in bucket.members],
+                addresses,
                 momentum=float(group["momentum"]),
                 rate=float(group["delta_rate"]),
                 normalized=bool(group["normalized"]),
