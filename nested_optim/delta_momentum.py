@@ -15,7 +15,8 @@ from torch.optim.optimizer import (
 )
 
 from . import kernels, rules
-from .delta_steps import DeltaSteps
+from .delta_steps import DeltaSteps, default_product_dtype, takes
+from .fused import Work
 from .memory_argument import MemoryT
 from .momentum import MomentumOptimizer, foreach_decay, foreach_descend, foreach_scale, in_place
 from .nested import _buckets
@@ -99,9 +100,7 @@ class DeltaMomentum(MomentumOptimizer):
     def _run_kernels(
         self, group: dict[str, Any], kept: list[list[Tensor]], grads: list[Tensor]
     ) -> list[int] | None:
-        if not (group["delta_rate"] and group["momentum"]) or torch.compiler.is_compiling():
-            return None  # without the term, torch's operations have torch.optim.SGD's bits
-        if group["foreach"] is not None or group["differentiable"]:
+        if torch.compiler.is_compiling() or not takes(group):
             return None
         if not any(map(kernels.available, {p.device for p in kept[0]})):
             return None
@@ -109,6 +108,15 @@ class DeltaMomentum(MomentumOptimizer):
             self._kernel_steps = DeltaSteps()
         params, bufs = kept
         return self._kernel_steps(group, params, bufs, grads, _product_dtype(group))
+
+    def _repeat_step(self) -> bool:
+        if self._kernel_steps is None or torch.compiler.is_compiling():
+            return False
+        return self._kernel_steps.repeat(self)
+
+    def _remember_step(self, work: Work) -> None:
+        if self._kernel_steps is not None and not torch.compiler.is_compiling():
+            self._kernel_steps.remember(self, work)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -130,7 +138,7 @@ class DeltaMomentum(MomentumOptimizer):
 
 
 def _product_dtype(group: dict[str, Any], where: str = "") -> torch.dtype | None:
-    """The dtype of the products; None where the rule has the buffer's."""
+    """The dtype that the group asks for; None if it leaves that to each buffer."""
     name = group["product_dtype"]
     if name is None:
         return None
@@ -150,9 +158,14 @@ def _product_dtype(group: dict[str, Any], where: str = "") -> torch.dtype | None
 def _single_tensor_deltamomentum(tensors: list[list[Tensor]], group: dict[str, Any]) -> None:
     """The rule itself, tensor by tensor."""
     params, grads, bufs = tensors
+    wanted = _product_dtype(group)
+
+    def rule(param: Tensor, grad: Tensor, buf: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        dtype = wanted or default_product_dtype(buf)
+        return rules.delta_momentum(param, grad, buf, product_dtype=dtype, **options)
+
     options = {key: group[key] for key in ("delta_rate", "normalized")}
-    options["product_dtype"] = _product_dtype(group)
-    in_place(rules.delta_momentum, [params, bufs], grads, group, **options)
+    in_place(rule, [params, bufs], grads, group, **options)
 
 
 def _multi_tensor_deltamomentum(tensors: list[list[Tensor]], group: dict[str, Any]) -> None:
@@ -183,7 +196,7 @@ def _delta_terms(
         "rate": group["delta_rate"],
         "momentum": group["momentum"],
         "normalized": group["normalized"],
-        "product_dtype": _product_dtype(group),
+        "product_dtype": _product_dtype(group) or default_product_dtype(bufs[0]),
     }
     shapes: dict[Any, list[int]] = {}
     pairs = [tuple(map(rules.as_matrix, pair)) for pair in zip(bufs, grads)]
@@ -242,9 +255,11 @@ DeltaMomentum.__doc__ = rf"""SGD whose momentum forgets along the gradient befor
         product_dtype (torch.dtype or str): dtype of the two products, ``"bfloat16"``,
             ``"float16"``, ``"float32"`` or ``"float64"``. Buffer and gradient are brought to a
             norm that suits it first, and only the term that the buffer forgets is rounded to it.
-            None means the buffer's (then ``torch.set_float32_matmul_precision`` has its say). The
-            products are most of a step's work, and ``"bfloat16"`` a good deal faster on a GPU
-            (default: None).
+            None means bfloat16 on CUDA for buffers of at most 32 bits, and elsewhere (on a CPU, few
+            of which multiply in bfloat16 at a useful speed, for float64 and complex buffers) the
+            buffer's own; ``"float32"`` is full precision (where
+            ``torch.set_float32_matmul_precision`` has its say), with which a step on a GPU takes
+            several times as long (default: None).
         weight_decay (float): weight of SGD's L2 penalty, which the momentum sees (default: 0.0).
         decoupled (bool): shrink parameters by ``lr * weight_decay`` instead, as AdamW does
             (default: False).

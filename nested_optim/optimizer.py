@@ -168,6 +168,16 @@ class LevelOptimizer(Optimizer, abc.ABC):
         For a subclass to note what came with it. Not called where the fused kernels run.
         """
 
+    def _repeat_step(self) -> bool:
+        """Make the whole step as the last one was made, if that is still right; whether it was.
+
+        For a subclass that finds out sooner than by going through all parameters.
+        """
+        return False
+
+    def _remember_step(self, work: Work) -> None:
+        """What groups, parameters and gradients the step had that has just been made."""
+
     def _state_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         """The dtype of a parameter's moments: its own, or the group's ``state_dtype``."""
         name = group.get("state_dtype")
@@ -303,6 +313,10 @@ class LevelOptimizer(Optimizer, abc.ABC):
                 loss = closure()
 
         scaling = self._amp_scaling()
+        if not captured and self._repeat_step():
+            if self._meta_update_hooks:
+                self._run_meta_update_hooks()
+            return loss
         ready = fused is not None and fused.ready(self)
         work: Work = []
         fresh = False
@@ -321,6 +335,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
             fused.launch(captured, **scaling)
         for group, params, grads in work:
             windows.advance(self, group, params, grads, probes)
+        self._remember_step(work)
         if self._meta_update_hooks and real:
             self._run_meta_update_hooks()
         return loss

@@ -31,9 +31,9 @@ def launched(kernel, monkeypatch):
     sizes = []
     update = kernel.DeltaTable.update
 
-    def counted(self, *args, **kwargs):
-        sizes.append(len(self.entries))
-        update(self, *args, **kwargs)
+    def counted(self, part, *args, **kwargs):
+        sizes.append(self.parts[part])
+        update(self, part, *args, **kwargs)
 
     monkeypatch.setattr(kernel.DeltaTable, "update", counted)
     return sizes
@@ -194,21 +194,25 @@ def test_the_kernel_reads_a_learning_rate_where_it_lies(kernel):
         kernel.Entry(params[0], bufs[0], 0, 2048, 2048),
         kernel.Entry(params[1], bufs[1], 4096, None, 4112),
     ]
-    table = kernel.DeltaTable(entries, F32)
+    table = kernel.DeltaTable(entries, F32, [1, 1])
     space = torch.full((4200,), torch.nan)
-    table.prepare(grads, space, momentum=0.9, rate=0.1, normalized=False)
+    addresses = [g.data_ptr() for g in grads]
+    table.measure(addresses, momentum=0.9, rate=0.1, normalized=False)
+    table.prepare(1, space)
+    torch.testing.assert_close(space[4096:4111], grads[1].flatten() / grads[1].norm())
+    assert space[:4096].isnan().all() and space[4111:].isnan().all()
+    table.prepare(0, space)
     torch.testing.assert_close(space[:2000], grads[0] / grads[0].norm())
     torch.testing.assert_close(space[2048:4048], bufs[0])
-    torch.testing.assert_close(space[4096:4111], grads[1].flatten() / grads[1].norm())
-    assert space[4111:].isnan().all()
     space[4112:4127] = 1.0
     terms = [space[2048:4048].clone(), torch.ones(3, 5)]
+    table.factors.copy_(torch.tensor([0.25, 0.75]))
     new_bufs = [0.5 * b - g - f * t for b, g, f, t in zip(bufs, grads, (0.25, 0.75), terms)]
     new_params = [p * (1 - 0.1 * 0.3) - 0.1 * b for p, b in zip(params, new_bufs)]
-    table.update(
-        torch.tensor([0.25, 0.75]), space, lr=torch.tensor(0.1), weight_decay=0.3,
-        momentum=0.5, sign=-1.0,
-    )  # fmt: skip
+    for part in range(2):
+        table.update(
+            part, space, lr=torch.tensor(0.1), weight_decay=0.3, momentum=0.5, sign=-1.0
+        )  # fmt: skip
     torch.testing.assert_close(bufs, new_bufs)
     torch.testing.assert_close(params, new_params)
 
@@ -216,20 +220,24 @@ def test_the_kernel_reads_a_learning_rate_where_it_lies(kernel):
 @pytest.mark.filterwarnings("ignore:divide by zero")
 @pytest.mark.parametrize("momentum, rate", [(0.9, 0.3), (1e-3, 1e-45), (0.5, 1e45)])
 def test_factors_are_the_rule_s_in_float64(kernel, momentum, rate, monkeypatch):
-    """Of more chunks than one step of the summation takes, of one, of a number and of zeros."""
+    """Of more spans than one step of the summation takes, of one, of a number and of zeros."""
     monkeypatch.setattr(kernel, "SUMS", 4)
-    scales = (1e-20, 1.0, 1e20, 0.0)
-    shapes = (9 * kernel.CHUNK + 5,), (3, 5), (), (7,)
+    scales = (1e-20, 1.0, 1e20, 0.0, 1.0)
+    shapes = (9 * kernel.SPAN + 5,), (3, 5), (), (7,), (kernel.SPAN,)
     grads = [s * torch.randn(n) for s, n in zip(scales, shapes)]
     entries, at = [], 0
     for g in grads:
-        entries.append(kernel.Entry(torch.zeros_like(g), torch.zeros_like(g), at, None, at))
+        entries.append(kernel.Entry(torch.randn_like(g), torch.zeros_like(g), at, None, at))
         at += -(-g.numel() // 64) * 64
     table = kernel.DeltaTable(entries, F32)
-    for normalized in (False, True):
+    addresses = [g.data_ptr() for g in grads]
+    for normalized, penalty in ((False, 0.0), (True, 0.0), (False, 0.5)):
         space = torch.full((at,), torch.nan)
-        found = table.prepare(grads, space, momentum=momentum, rate=rate, normalized=normalized)
-        for e, g, factor in zip(entries, grads, found.tolist()):
+        how = {"sign": -1.0, "penalty": penalty}
+        table.measure(addresses, momentum=momentum, rate=rate, normalized=normalized, **how)
+        table.prepare(0, space, **how)
+        for e, g, factor in zip(entries, grads, table.factors.tolist()):
+            g = penalty * e.param - g
             norm = g.double().norm()
             bounded = rate / (1 + rate) if normalized else rate / (1 + rate * norm**2 / momentum)
             want = momentum * bounded if normalized else bounded * norm**2
@@ -280,6 +288,166 @@ def test_tables_are_made_once_and_follow_what_moves(made, launched):
     train(plain, twins, [5])
     assert len(made) == 3
     torch.testing.assert_close(list(params), list(twins), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Of each step but an optimizer's first, whether it was made as the one before."""
+    found = []
+    repeat = delta_steps.DeltaSteps.repeat
+
+    def noted(self, optimizer):
+        found.append(repeat(self, optimizer))
+        return found[-1]
+
+    monkeypatch.setattr(delta_steps.DeltaSteps, "repeat", noted)
+    return found
+
+
+def new_memory(params, state):
+    params[1].data = params[1].data.clone()
+
+
+def new_buffer(params, state):
+    entry = state[params[1]]
+    entry["momentum_buffer"] = entry["momentum_buffer"] + 1
+
+
+def new_count(params, state):
+    state[params[1]]["step"] = torch.tensor(7.0)
+
+
+def another_layout(params, state):
+    params[0].data = params[0].data.t().contiguous().t()
+
+
+def buffer_moved(params, state):
+    entry = state[params[0]]
+    entry["momentum_buffer"].data = entry["momentum_buffer"].clone()
+
+
+@pytest.mark.parametrize(
+    "change", [new_memory, new_buffer, new_count, another_layout, buffer_moved]
+)
+def test_a_step_is_repeated_until_tensors_change(change, repeated, launched):
+    params, twins = make_params((6, 5), (9,)), make_params((6, 5), (9,))
+    optimizer, plain = DeltaMomentum(params, lr=0.1), DeltaMomentum(twins, lr=0.1, foreach=True)
+    for seed in range(8):
+        if seed == 4:
+            change(params, optimizer.state)
+            change(twins, plain.state)
+        train(optimizer, params, [seed])
+        train(plain, twins, [seed])
+    again = change is not another_layout  # which is left to torch's operations
+    assert repeated == [True, True, True, False, *[again] * 3]
+    torch.testing.assert_close(list(params), list(twins), rtol=1e-5, atol=1e-6)
+    for p, twin in zip(params, twins):
+        assert optimizer.state[p]["step"] == plain.state[twin]["step"]
+
+
+def transposed(tensor):
+    return tensor.t().contiguous().t()
+
+
+@pytest.mark.parametrize("other", [lambda g: None, transposed, lambda g: g.expand(6, 5)])
+def test_a_step_is_repeated_on_gradients_of_one_kind_only(other, repeated):
+    params, twins = make_params((6, 5), (9,)), make_params((6, 5), (9,))
+    optimizer, plain = DeltaMomentum(params, lr=0.1), DeltaMomentum(twins, lr=0.1, foreach=True)
+    for seed in range(8):
+        for ps, optim in ((params, optimizer), (twins, plain)):
+            set_grads(ps, random_grads(ps, seed))
+            if seed == 4:
+                ps[0].grad = other(ps[0].grad[:1] if other is not transposed else ps[0].grad)
+            optim.step()
+    assert repeated == [True] * 3 + [False, False, True, True]
+    torch.testing.assert_close(list(params), list(twins), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sparse_gradient_is_refused_as_ever():
+    params = make_params((6, 5), (9,))
+    optimizer = DeltaMomentum(params, lr=0.1)
+    train(optimizer, params, range(3))
+    set_grads(params, random_grads(params, 3))
+    params[0].grad = params[0].grad.to_sparse()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before))
+
+
+@pytest.mark.parametrize(
+    "edit, again",
+    [
+        ({"lr": 0.03}, True),
+        ({"lr": torch.tensor(0.03)}, True),
+        ({"momentum": 0.5, "delta_rate": 0.1}, True),
+        ({"weight_decay": 0.3, "maximize": True}, True),
+        ({"normalized": True}, True),
+        ({"weight_decay": 0.3, "decoupled": True}, False),
+        ({"frequency": 2}, False),
+        ({"delta_rate": 0.0}, False),
+        ({"momentum": 0.0}, False),
+        ({"foreach": False}, False),
+        ({"product_dtype": "bfloat16"}, False),
+    ],
+    ids=str,
+)
+def test_numbers_may_be_edited_and_what_else_is_edited_is_seen(edit, again, repeated):
+    params, twins = make_params((6, 5), (9,)), make_params((6, 5), (9,))
+    optimizer, plain = DeltaMomentum(params, lr=0.1), DeltaMomentum(twins, lr=0.1, foreach=False)
+    for seed in range(6):
+        if seed == 3:
+            optimizer.param_groups[0].update(edit)
+            plain.param_groups[0].update({**edit, "foreach": False})
+        train(optimizer, params, [seed])
+        train(plain, twins, [seed])
+    assert repeated[:3] == [True, True, again]
+    tolerance = 2e-2 if "product_dtype" in edit else 1e-5
+    torch.testing.assert_close(list(params), list(twins), rtol=tolerance, atol=tolerance)
+
+
+def test_an_invalid_edit_is_refused_after_a_step_that_could_be_repeated(repeated):
+    params = make_params((6, 5), (9,))
+    optimizer = DeltaMomentum(params, lr=0.1)
+    train(optimizer, params, range(3))
+    before = [p.detach().clone() for p in params]
+    for edit in ({"frequency": 0}, {"fused": True}, {"window": "max"}):
+        old = dict(optimizer.param_groups[0])
+        optimizer.param_groups[0].update(edit)
+        with pytest.raises((ValueError, RuntimeError)):
+            train(optimizer, params, [3])
+        optimizer.param_groups[0].update({key: old[key] for key in edit})
+    assert all(torch.equal(p, q) for p, q in zip(params, before))
+
+
+def test_groups_closures_and_hooks_go_along_with_repeated_steps(repeated, launched):
+    results = []
+    for foreach in (None, True):
+        params = make_params((6, 5), (9,), (4, 3), (2,))
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
+        optimizer = DeltaMomentum(groups, lr=0.1, foreach=foreach)
+        calls = []
+        optimizer.register_meta_update_hook(lambda o, calls=calls: calls.append(1), every=2)
+        params[3].requires_grad_(False)  # and never has a gradient
+
+        def closure(params=params, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = sum((p**2).sum() for p in params)
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(5)]
+        optimizer.add_param_group({"params": make_params((3, 3), seed=1)})
+        params = [p for g in optimizer.param_groups for p in g["params"]]
+        losses += [
+            optimizer.step(lambda ps=params, o=optimizer: closure(ps, o)).item() for _ in range(3)
+        ]
+        assert len(calls) == 4
+        results.append((losses, [p.detach() for p in params]))
+        if foreach is None:
+            assert repeated == [*[True] * 4, False, True, True]
+            assert launched == [2, 1] * 5 + [2, 1, 1] * 3
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_a_parameter_made_shorter_in_place_is_seen(made):

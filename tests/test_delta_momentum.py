@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.optim import SGD
 
 import nested_optim.delta_momentum
 from nested_optim import DeltaMomentum, rules
+from nested_optim.delta_steps import default_product_dtype
 
 from .helpers import (
     assert_same_state,
@@ -347,6 +349,42 @@ def test_the_products_dtype_is_kept_by_its_name(name):
     train(optimizer, params, range(2, 4))
     train(other, twins, range(2, 4))
     assert_same_tensors(twins, params)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, expected",
+    [
+        ("cuda", torch.float32, torch.bfloat16),
+        ("cuda:1", torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float16, torch.bfloat16),
+        ("cuda", torch.float64, None),
+        ("cuda", torch.complex64, None),
+        ("cpu", torch.float32, None),
+        ("cpu", torch.bfloat16, None),
+    ],
+)
+def test_products_are_in_bfloat16_on_cuda_by_default(device, dtype, expected):
+    buf = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert default_product_dtype(buf) == expected
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_on_a_cpu_products_are_in_the_buffer_s_dtype_by_default(foreach):
+    results = []
+    for product_dtype in (None, torch.bfloat16):
+        params = make_params((6, 5), (5, 6), dtype=torch.float64)
+        train(DeltaMomentum(params, foreach=foreach, product_dtype=product_dtype), params, range(3))
+        results.append([p.detach() for p in params])
+    params = make_params((6, 5), (5, 6), dtype=torch.float64)
+    bufs = [torch.zeros_like(p) for p in params]
+    kept = [p.detach() for p in params]
+    for seed in range(3):
+        for i, g in enumerate(random_grads(params, seed)):
+            kept[i], bufs[i] = rules.delta_momentum(
+                kept[i], g, bufs[i], lr=1e-3, momentum=0.9, delta_rate=1.0
+            )
+    torch.testing.assert_close(results[0], kept, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(results[1][0], kept[0])
 
 
 def test_every_path_takes_the_products_dtype():

@@ -144,28 +144,31 @@ def test_dgds_descent_compiles_to_accesses_of_16_bytes(param, grad, monkeypatch)
 @pytest.mark.parametrize("on_device", [False, True])
 def test_delta_momentums_passes_compile_to_accesses_of_16_bytes(dtypes, on_device, monkeypatch):
     module = without_interpreter("nested_optim.kernels.delta", monkeypatch)
-    tables = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "space": "*bf16"}
+    tables = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "space": "*bf16", "first": "i32"}
     roles = dict(zip(("PARAM", "BUFFER", "GRAD"), map(module.DTYPES.get, dtypes)))
-    shared = {"PRODUCT": module.DTYPES[BF16], "SIZE": 2, "CHUNK": module.CHUNK}
-    numbers = dict.fromkeys(("lr", "keep", "weight_decay", "momentum", "sign"), "fp32")
-    kinds = {**tables, "factors": "*fp32", **numbers}
+    penalty = {"PENALTY": not on_device}
+    shared = {"PRODUCT": module.DTYPES[BF16], "SIZE": 2, "CHUNK": module.CHUNK, **penalty}
+    both = dict.fromkeys(("sign", "penalty"), "fp32")
+    numbers = dict.fromkeys(("lr", "keep", "weight_decay", "momentum"), "fp32")
+    kinds = {**tables, "factors": "*fp32", **numbers, **both}
     constants = {**roles, **shared, "LR_ON_DEVICE": on_device}
     (kinds if on_device else constants)["lr_at"] = "*fp64" if on_device else None
     update = lines_of_ptx(module.update_kernel, kinds, constants, module.NUM_WARPS)
-    del roles["PARAM"]
-    kinds = {**tables, "norms": "*fp32"}
+    kinds = {**tables, "norms": "*fp32", **both}
     prepare = lines_of_ptx(module.prepare_kernel, kinds, {**roles, **shared}, module.NUM_WARPS)
-    kinds = {"chunks": "*i32", "rows": "*i64", "grads": "*i64", "sums": "*fp64"}
-    constants = {"GRAD": roles["GRAD"], "CHUNK": module.CHUNK}
+    kinds = {"spans": "*i32", "rows": "*i64", "grads": "*i64", "sums": "*fp64", **both}
+    del roles["BUFFER"]
+    constants = {**roles, **penalty, "CHUNK": module.CHUNK, "SPAN": module.SPAN}
     squares = lines_of_ptx(module.squares_kernel, kinds, constants, module.NUM_WARPS)
-    for lines, least in ((update, (2, 2)), (prepare, (2, 2)), (squares, (1, 0))):
+    in_a_row = module.SPAN // module.CHUNK
+    for lines, least in ((update, (2, 2)), (prepare, (2, 2)), (squares, (in_a_row, 0))):
         for access, number in zip(("ld.global", "st.global"), least):
             wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
             assert len(wide) >= number
     kinds = {"rows": "*i64", "sums": "*fp64", "norms": "*fp32", "factors": "*fp32"}
     kinds |= {"momentum": "i64", "rate": "i64"}
     for normalized in (False, True):
-        constants = {"NORMALIZED": normalized, "CHUNK": module.CHUNK, "SUMS": module.SUMS}
+        constants = {"NORMALIZED": normalized, "SPAN": module.SPAN, "SUMS": module.SUMS}
         assert lines_of_ptx(module.numbers_kernel, kinds, constants, module.NUM_WARPS)
 
 

@@ -118,8 +118,8 @@ def test_the_cost_command_measures_all_parts(tmp_path):
     parts = ("whole_ms", "passes_ms", "step_ms")
     assert all(row[part] > 0 for row in training.values() for part in parts)
     assert steps["SGD, momentum"]["ratio"] == 1.0
-    narrow = "DeltaMomentum, bfloat16 products"
-    assert set(steps) == {"SGD, momentum", "DeltaMomentum", narrow, "DeepMomentum"}
+    wide = "DeltaMomentum, float32 products"
+    assert set(steps) == {"SGD, momentum", "DeltaMomentum", wide, "DeepMomentum"}
     of_learned = document["learned"]
     state = {name: row["state_bytes_per_parameter"] for name, row in of_learned.items()}
     assert of_learned["NestedOptimizer"]["ratio"] == 1.0

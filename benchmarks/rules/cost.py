@@ -205,8 +205,8 @@ def _steps(sizes: Preset, device: str, seconds: float) -> dict[str, Any]:
     builds: dict[str, Callable[[Any], Optimizer]] = {
         "SGD, momentum": lambda p: SGD(p, lr=1e-4, momentum=0.9, **fused),
         "DeltaMomentum": lambda p: DeltaMomentum(p, lr=1e-4),
-        "DeltaMomentum, bfloat16 products": lambda p: DeltaMomentum(
-            p, lr=1e-4, product_dtype="bfloat16"
+        "DeltaMomentum, float32 products": lambda p: DeltaMomentum(
+            p, lr=1e-4, product_dtype="float32"
         ),
         "DeepMomentum": lambda p: DeepMomentum(p, lr=1e-4),
     }

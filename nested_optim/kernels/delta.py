@@ -3,7 +3,8 @@
 The first sums the squares of gradients, of which a small launch makes norms and factors. The second
 writes what the products take: gradients divided by their norms, and buffers, in the products'
 dtype. The third takes the products' results into buffers and parameters. Before it lie the
-products, which are not this module's.
+products, which are not this module's. What is called gradient here has its sign, and SGD's penalty
+where there is one: each pass adds it anew, so that no gradient is copied.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,8 @@ from .tables import AddressRing
 #: Elements and warps per program: two 16-byte accesses of float32 per thread and tensor.
 CHUNK = 1024
 NUM_WARPS = 4
+#: Elements per program of the first pass, which leaves one sum: a program adds up a tensor's.
+SPAN = 8 * CHUNK
 #: Sums of squares that one step of the second summation takes.
 SUMS = 1024
 
@@ -35,7 +39,7 @@ DTYPES = {
     torch.float32: tl.float32,
 }
 
-_COLUMNS: tl.constexpr = tl.constexpr(8)
+_COLUMNS: tl.constexpr = tl.constexpr(9)
 _KEEP: tl.constexpr = tl.constexpr(-1)
 #: The range of normal float32 numbers.
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -67,21 +71,67 @@ def _at_address(address, start, KIND: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def squares_kernel(chunks, rows, grads, sums, GRAD: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of one chunk's squares, in float64, which holds every square of float32."""
+def _gradient(
+    row,
+    grad,
+    start,
+    lanes,
+    mask,
+    sign,
+    penalty,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    PENALTY: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """``sign gradient + penalty parameter``."""
+    g = sign * _load(_at_address(grad, start, GRAD, FULL), lanes, mask, FULL)
+    if PENALTY:
+        p_at = _at_address(tl.load(row), start, PARAM, FULL)
+        g += penalty * _load(p_at, lanes, mask, FULL)
+    return g
+
+
+@triton.jit
+def squares_kernel(
+    spans,
+    rows,
+    grads,
+    sums,
+    sign,
+    penalty,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    PENALTY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """The sum of one span's squares, in float64, which holds every square of float32."""
     pid = tl.program_id(0)
-    which = tl.load(chunks + pid).to(tl.int64)
+    which = tl.load(spans + pid).to(tl.int64)
     row = rows + which * _COLUMNS
-    start = (pid - tl.load(row + 3)) * CHUNK
+    start = (pid - tl.load(row + 8)) * SPAN
     left = tl.load(row + 2) - start
     grad = tl.load(grads + which)
     lanes = tl.arange(0, CHUNK)
-    if (left >= CHUNK) & ((grad & 15) == 0):
-        g = _load(_at_address(grad, start, GRAD, True), lanes, None, True).to(tl.float64)
+    total = tl.zeros((CHUNK,), tl.float64)
+    addresses = grad
+    if PENALTY:
+        addresses |= tl.load(row)
+    if (left >= SPAN) & ((addresses & 15) == 0):
+        for at in tl.static_range(0, SPAN, CHUNK):
+            g = _gradient(
+                row, grad, start + at, lanes, None, sign, penalty, PARAM, GRAD, PENALTY, True
+            ).to(tl.float64)
+            total += g * g
     else:
-        at = _at_address(grad, start, GRAD, False)
-        g = _load(at, lanes, lanes < left, False).to(tl.float64)
-    tl.store(sums + pid, tl.sum(g * g, 0))
+        for at in range(0, tl.minimum(left, SPAN), CHUNK):
+            mask = at + lanes < left
+            g = _gradient(
+                row, grad, start + at, lanes, mask, sign, penalty, PARAM, GRAD, PENALTY, False
+            ).to(tl.float64)
+            total += g * g
+    tl.store(sums + pid, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=["momentum", "rate"])
@@ -93,7 +143,7 @@ def numbers_kernel(
     momentum,
     rate,
     NORMALIZED: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPAN: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     """Of one tensor: by what its gradient is divided, and the factor of its term then.
@@ -102,8 +152,8 @@ def numbers_kernel(
     """
     which = tl.program_id(0).to(tl.int64)
     row = rows + which * _COLUMNS
-    first = tl.load(row + 3)
-    count = tl.cdiv(tl.load(row + 2), CHUNK)
+    first = tl.load(row + 8)
+    count = tl.cdiv(tl.load(row + 2), SPAN)
     lanes = tl.arange(0, SUMS)
     total = tl.zeros((SUMS,), tl.float64)
     for start in range(0, count, SUMS):
@@ -129,13 +179,17 @@ def _prepare_chunk(
     start,
     lanes,
     mask,
+    sign,
+    penalty,
+    PARAM: tl.constexpr,
     BUFFER: tl.constexpr,
     GRAD: tl.constexpr,
     PRODUCT: tl.constexpr,
     SIZE: tl.constexpr,
+    PENALTY: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    g = _load(_at_address(grad, start, GRAD, FULL), lanes, mask, FULL)
+    g = _gradient(row, grad, start, lanes, mask, sign, penalty, PARAM, GRAD, PENALTY, FULL)
     _store(
         _at_address(space + SIZE * tl.load(row + 4), start, PRODUCT, FULL),
         lanes,
@@ -149,21 +203,26 @@ def _prepare_chunk(
         _store(_at_address(space + SIZE * copied, start, PRODUCT, FULL), lanes, b, mask, FULL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def prepare_kernel(
     chunks,
     rows,
     grads,
     norms,
     space,
+    first,
+    sign,
+    penalty,
+    PARAM: tl.constexpr,
     BUFFER: tl.constexpr,
     GRAD: tl.constexpr,
     PRODUCT: tl.constexpr,
     SIZE: tl.constexpr,
+    PENALTY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """One chunk of one tensor: ``space <- gradient / norm``, and the buffer where that is asked."""
-    pid = tl.program_id(0)
+    pid = first + tl.program_id(0)
     which = tl.load(chunks + pid).to(tl.int64)
     row = rows + which * _COLUMNS
     start = (pid - tl.load(row + 3)) * CHUNK
@@ -174,13 +233,14 @@ def prepare_kernel(
     lanes = tl.arange(0, CHUNK)
     if (left >= CHUNK) & (((tl.load(row + 7) | grad) & 15) == 0):
         _prepare_chunk(
-            row, grad, norm, space_at, start, lanes, None, BUFFER, GRAD, PRODUCT, SIZE, True
-        )
+            row, grad, norm, space_at, start, lanes, None, sign, penalty,
+            PARAM, BUFFER, GRAD, PRODUCT, SIZE, PENALTY, True,
+        )  # fmt: skip
     else:
-        mask = lanes < left
         _prepare_chunk(
-            row, grad, norm, space_at, start, lanes, mask, BUFFER, GRAD, PRODUCT, SIZE, False
-        )
+            row, grad, norm, space_at, start, lanes, lanes < left, sign, penalty,
+            PARAM, BUFFER, GRAD, PRODUCT, SIZE, PENALTY, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -194,6 +254,7 @@ def _update_chunk(
     mask,
     momentum,
     sign,
+    penalty,
     lr,
     keep,
     PARAM: tl.constexpr,
@@ -201,21 +262,24 @@ def _update_chunk(
     GRAD: tl.constexpr,
     PRODUCT: tl.constexpr,
     SIZE: tl.constexpr,
+    PENALTY: tl.constexpr,
     FULL: tl.constexpr,
 ):
     p_at = _at_address(tl.load(row), start, PARAM, FULL)
     b_at = _at_address(tl.load(row + 1), start, BUFFER, FULL)
-    g = _load(_at_address(grad, start, GRAD, FULL), lanes, mask, FULL)
+    p = _load(p_at, lanes, mask, FULL)
+    g = sign * _load(_at_address(grad, start, GRAD, FULL), lanes, mask, FULL)
+    if PENALTY:
+        g += penalty * p
     term = _load(
         _at_address(space + SIZE * tl.load(row + 6), start, PRODUCT, FULL), lanes, mask, FULL
     )
-    b = _load(b_at, lanes, mask, FULL) * momentum + sign * g - factor * term
-    p = _load(p_at, lanes, mask, FULL) * keep - lr * b
+    b = _load(b_at, lanes, mask, FULL) * momentum + g - factor * term
     _store(b_at, lanes, b, mask, FULL)
-    _store(p_at, lanes, p, mask, FULL)
+    _store(p_at, lanes, p * keep - lr * b, mask, FULL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def update_kernel(
     chunks,
     rows,
@@ -223,21 +287,24 @@ def update_kernel(
     factors,
     space,
     lr_at,
+    first,
     lr,
     keep,
     weight_decay,
     momentum,
     sign,
+    penalty,
     PARAM: tl.constexpr,
     BUFFER: tl.constexpr,
     GRAD: tl.constexpr,
     PRODUCT: tl.constexpr,
     SIZE: tl.constexpr,
+    PENALTY: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One chunk: ``b <- momentum b + sign g - factor term``, ``p <- keep p - lr b``."""
-    pid = tl.program_id(0)
+    """One chunk: ``b <- momentum b + gradient - factor term``, ``p <- keep p - lr b``."""
+    pid = first + tl.program_id(0)
     which = tl.load(chunks + pid).to(tl.int64)
     row = rows + which * _COLUMNS
     start = (pid - tl.load(row + 3)) * CHUNK
@@ -251,13 +318,13 @@ def update_kernel(
     lanes = tl.arange(0, CHUNK)
     if (left >= CHUNK) & (((tl.load(row + 7) | grad) & 15) == 0):
         _update_chunk(
-            row, grad, factor, space_at, start, lanes, None,
-            momentum, sign, lr, keep, PARAM, BUFFER, GRAD, PRODUCT, SIZE, True,
+            row, grad, factor, space_at, start, lanes, None, momentum, sign, penalty, lr, keep,
+            PARAM, BUFFER, GRAD, PRODUCT, SIZE, PENALTY, True,
         )  # fmt: skip
     else:
         _update_chunk(
-            row, grad, factor, space_at, start, lanes, lanes < left,
-            momentum, sign, lr, keep, PARAM, BUFFER, GRAD, PRODUCT, SIZE, False,
+            row, grad, factor, space_at, start, lanes, lanes < left, momentum, sign, penalty, lr,
+            keep, PARAM, BUFFER, GRAD, PRODUCT, SIZE, PENALTY, False,
         )  # fmt: skip
 
 
@@ -274,115 +341,152 @@ class Entry(NamedTuple):
 class DeltaTable:
     """Tensors of one device and one dtype each, with gradients of another.
 
-    In device memory, for T tensors: ``chunks``, int32, the tensor of each program; ``rows``, int64
-    ``(T, 8)``: addresses of parameter and buffer, number of elements, first chunk, offsets of unit,
-    copy (-1: none) and term, and all of these addresses and offsets or-ed; the low bits of the last
-    tell whether the tensor is aligned, for offsets are in elements.
+    In device memory, for T tensors: ``chunks`` and ``spans``, int32, the tensor of each program of
+    the passes, and of the first; ``rows``, int64 ``(T, 9)``: addresses of parameter and buffer,
+    number of elements, first chunk, offsets of unit, copy (-1: none) and term, all of these
+    addresses and offsets or-ed, and first span; the low bits of the one before the last tell
+    whether the tensor is aligned, for offsets are in elements. What a step computes of its
+    gradients as a whole is kept here too: ``norms`` and ``factors``, float32 ``(T,)``.
 
     Args:
         entries: at least one, none of them empty; the table keeps their tensors alive.
         grad_dtype: of all gradients.
+        parts: how many of them, in order, the second and third pass take at a time; None: all.
     """
 
-    def __init__(self, entries: Sequence[Entry], grad_dtype: torch.dtype) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], grad_dtype: torch.dtype, parts: Sequence[int] | None = None
+    ) -> None:
         one = entries[0]
         self.entries = list(entries)
         self.device = one.param.device
-        self._kinds = [DTYPES[d] for d in (one.param.dtype, one.buffer.dtype, grad_dtype)]
-        rows, chunks = array("q"), array("i")
+        self.parts = [len(entries)] if parts is None else list(parts)
+        self._kinds = tuple(DTYPES[d] for d in (one.param.dtype, one.buffer.dtype, grad_dtype))
+        rows, chunks, spans = array("q"), array("i"), array("i")
         for i, e in enumerate(entries):
             addresses = [e.param.data_ptr(), e.buffer.data_ptr()]
             merged = addresses[0] | addresses[1] | e.unit | (e.copied or 0) | e.term
             copied = -1 if e.copied is None else e.copied
             numel = e.param.numel()
             rows.extend([*addresses, numel, len(chunks), e.unit, copied, e.term, merged])
+            rows.append(len(spans))
             chunks.extend(array("i", [i]) * (-(-numel // CHUNK)))
-        self._n_chunks = len(chunks)
-        self._rows = self._upload(torch.tensor(rows, dtype=torch.int64))
-        self._chunks = self._upload(torch.tensor(chunks, dtype=torch.int32))
+            spans.extend(array("i", [i]) * (-(-numel // SPAN)))
+        starts = [*rows[3 :: _COLUMNS.value], len(chunks)]
+        bounds = pairwise(starts[at] for at in accumulate(self.parts, initial=0))
+        #: Of each part, the first chunk and how many there are.
+        self._chunks_of = [(begin, end - begin) for begin, end in bounds]
         self._ring = AddressRing(len(entries), self.device)
         self._grads = torch.zeros(len(entries), dtype=torch.int64, device=self.device)
+        self._tables = self._upload(chunks), self._upload(rows), self._grads
+        self._spans = self._upload(spans)
+        self._sums = torch.empty(len(spans), dtype=torch.float64, device=self.device)
+        self.norms, self.factors = (
+            torch.empty(len(entries), dtype=torch.float32, device=self.device) for _ in range(2)
+        )
+        kept = *self._tables, self._spans, self._sums, self.norms, self.factors
+        dtypes = one.param.dtype, one.buffer.dtype, grad_dtype  # quicker to look up than Triton's
+        self._kind = self.device, *dtypes, *map(aligned, kept)
 
-    def _upload(self, host: Tensor) -> Tensor:
+    def _upload(self, values: array[int]) -> Tensor:
+        host = torch.tensor(values, dtype=torch.int64 if values.typecode == "q" else torch.int32)
         if self.device.type == "cuda":  # so that the copy waits for nothing
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
 
-    def prepare(
+    def measure(
         self,
-        grads: Sequence[Tensor],
-        space: Tensor,
+        addresses: list[int],
         *,
         momentum: float,
         rate: float,
         normalized: bool,
+        sign: float = 1.0,
+        penalty: float = 0.0,
         captured: bool = False,
-    ) -> Tensor:
-        """Write units and copies to ``space``, of the products' dtype.
+    ) -> None:
+        """Compute norms and factors; nothing else is written, and only gradients are read.
+
+        With a penalty parameters are read, too.
 
         Args:
-            grads: laid out as the parameters.
+            addresses: of gradients that are laid out as the parameters.
             momentum, rate: not 0.
             normalized: the rate is in units of ``momentum / |g|^2``.
+            sign: of the gradients.
+            penalty: parameters times this are added to the gradients.
             captured: this is being captured in a CUDA graph.
-
-        Returns:
-            The factors of the products' results, float32 ``(T,)``.
         """
-        addresses = list(map(Tensor.data_ptr, grads))
         slot = self._ring.give(addresses) if captured else self._ring.write(addresses)
         self._grads.copy_(slot, non_blocking=True)
-        tables = self._chunks, self._rows, self._grads
-        sums = torch.empty(self._n_chunks, dtype=torch.float64, device=self.device)
-        norms, factors = torch.empty(2, len(self.entries), device=self.device).unbind()
-        where = self.device, *map(aligned, tables), aligned(norms), aligned(factors)
-        bits = struct.unpack("2q", struct.pack("2d", momentum, rate))
-        grad = self._kinds[2]
+        _, rows, grads = self._tables
+        param, _, grad = self._kinds
         with on(self.device):
-            grid = self._n_chunks, 1, 1
-            _launch_squares((*where, grad), grid, (*tables, sums, grad, CHUNK))
-            numbers = self._rows, sums, norms, factors, *bits, normalized, CHUNK, SUMS
-            _launch_numbers((*where, normalized), (len(self.entries), 1, 1), numbers)
-            constants = *self._kinds[1:], DTYPES[space.dtype], space.itemsize, CHUNK
-            kind = *where, constants, aligned(space)
-            _launch_prepare(kind, grid, (*tables, norms, space, *constants))
-        return factors
+            _launch_squares(
+                (self._kind, penalty != 0),
+                (len(self._spans), 1, 1),
+                (
+                    *(self._spans, rows, grads, self._sums, sign, penalty),
+                    *(param, grad, penalty != 0, CHUNK, SPAN),
+                ),
+            )
+            bits = struct.unpack("2q", struct.pack("2d", momentum, rate))
+            outputs = self.norms, self.factors
+            numbers = rows, self._sums, *outputs, *bits, normalized, SPAN, SUMS
+            _launch_numbers((self._kind, normalized), (len(self.entries), 1, 1), numbers)
+
+    def prepare(self, part: int, space: Tensor, *, sign: float = 1.0, penalty: float = 0.0) -> None:
+        """Write a part's units and copies to ``space``, of the products' dtype.
+
+        Of the gradients that :meth:`measure` was given, with the same ``sign`` and ``penalty``.
+        """
+        first, count = self._chunks_of[part]
+        constants = *self._kinds, DTYPES[space.dtype], space.itemsize, penalty != 0, CHUNK
+        args = *self._tables, self.norms, space, first, sign, penalty, *constants
+        with on(self.device):
+            kind = self._kind, space.dtype, aligned(space), penalty != 0
+            _launch_prepare(kind, (count, 1, 1), args)
 
     def update(
         self,
-        factors: Tensor,
+        part: int,
         space: Tensor,
         *,
         lr: float | Tensor,
         weight_decay: float,
         momentum: float,
-        sign: float,
+        sign: float = 1.0,
+        penalty: float = 0.0,
     ) -> None:
-        """Update buffers and parameters with the gradients that :meth:`prepare` was given.
+        """Update a part's buffers and parameters with the gradients that were measured.
 
         Args:
-            factors: of the terms, float32 ``(T,)``.
+            part: which.
             space: which holds the terms now.
             lr: a number, or a tensor of one element on the device.
             weight_decay: parameters shrink by ``lr * weight_decay``.
-            sign: of the gradients.
+            momentum: the buffers' decay.
+            sign, penalty: as :meth:`measure` had them.
         """
         on_device = isinstance(lr, Tensor)
         numbers = (0.0, 0.0) if on_device else (lr, 1 - lr * weight_decay)
-        tensors = self._chunks, self._rows, self._grads, factors, space
+        first, count = self._chunks_of[part]
+        constants = (
+            *self._kinds, DTYPES[space.dtype], space.itemsize, penalty != 0, on_device, CHUNK
+        )  # fmt: skip
         args = (
-            *tensors,
+            *self._tables,
+            self.factors,
+            space,
             lr if on_device else None,
-            *map(float, numbers),
-            float(weight_decay),
-            float(momentum),
-            float(sign),
+            first,
+            *map(float, (*numbers, weight_decay, momentum, sign, penalty)),
+            *constants,
         )
-        constants = *self._kinds, DTYPES[space.dtype], space.itemsize, on_device, CHUNK
         alike = (lr.dtype, aligned(lr)) if isinstance(lr, Tensor) else None
-        kind = self.device, constants, alike, *map(aligned, tensors)
         with on(self.device):
-            _launch_update(kind, (self._n_chunks, 1, 1), (*args, *constants))
+            kind = self._kind, space.dtype, aligned(space), penalty != 0, alike
+            _launch_update(kind, (count, 1, 1), args)
 
 
 _launch_squares = Launcher(squares_kernel, num_warps=NUM_WARPS)

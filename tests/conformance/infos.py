@@ -211,7 +211,12 @@ def delta_inputs(device: Any, dtype: torch.dtype | None = None) -> list[Optimize
         options("plain momentum", delta_rate=0.0, weight_decay=0.1),
         options("float32 products", product_dtype=torch.float32, state_dtype=torch.float64),
     ]
-    return [*momentum_inputs(device), *window_inputs(device), *own]
+    inputs = [*momentum_inputs(device), *window_inputs(device), *own]
+    if torch.device(device).type == "cuda" and dtype != torch.float64:
+        # By default products are in bfloat16 there, and paths are compared more closely.
+        for entry in inputs:
+            entry.kwargs.setdefault("product_dtype", "float32")
+    return inputs
 
 
 def linear_memory_inputs(device: Any, dtype: torch.dtype | None = None) -> list[OptimizerInput]:

@@ -381,6 +381,7 @@ def test_a_step_that_the_scaler_skips_never_happened(case: Case) -> None:
 @each_case(
     "differentiable",  # in float64 throughout, where finite differences are precise
     where=lambda case: not case.kwargs.keys() & {"capturable", "state_dtype"},
+    dtype=torch.float64,
 )
 def test_gradients_flow_through_steps_to_all_that_went_in(case: Case) -> None:
     steps = case.info.unrolled_updates * case.frequency

@@ -39,9 +39,9 @@ def launched(monkeypatch):
     sizes = []
     update = DeltaTable.update
 
-    def counted(self, *args, **kwargs):
-        sizes.append(len(self.entries))
-        update(self, *args, **kwargs)
+    def counted(self, part, *args, **kwargs):
+        sizes.append(self.parts[part])
+        update(self, part, *args, **kwargs)
 
     monkeypatch.setattr(DeltaTable, "update", counted)
     return sizes
@@ -53,7 +53,7 @@ def assert_near(got, want, rounding):
         torch.testing.assert_close(a.detach().double(), b, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("product", [None, "bfloat16"])
+@pytest.mark.parametrize("product", [None, "float32"])
 @pytest.mark.parametrize(
     "dtype, state", [(F32, None), (BF16, None), (F16, None), (BF16, F32), (F32, BF16)]
 )
@@ -78,7 +78,7 @@ def test_a_step_is_the_rule_in_float64(dtype, state, product, options, scale, la
         for p, g, b in zip(olds, grads, bufs)
     ]
     kept = state or dtype
-    products = BF16 if product or kept == BF16 else F32
+    products = F32 if product == "float32" else BF16
     found = [optimizer.state[p]["momentum_buffer"] / scale for p in params]
     rounding = max(EPS[products], EPS[kept])
     assert_near(found, [new.momentum_buffer / scale for new in want], rounding)
@@ -111,8 +111,8 @@ def test_layouts_parts_and_windows_are_as_on_torch_s_operations(launched, monkey
     shifted = torch.randn(1201, device="cuda")[1:].view(40, 30)
     params += [Parameter(image), Parameter(shifted), Parameter(torch.randn(6, 5).cuda().t())]
     twins = [Parameter(p.detach().clone()) for p in params]
-    ours = DeltaMomentum(params, lr=0.1, frequency=2)
-    plain = DeltaMomentum(twins, lr=0.1, frequency=2, foreach=True)
+    options = {"lr": 0.1, "frequency": 2, "product_dtype": "float32"}
+    ours, plain = DeltaMomentum(params, **options), DeltaMomentum(twins, foreach=True, **options)
     for seed in range(6):
         grads = grads_of(params, seed)
         if seed == 3:
@@ -125,7 +125,7 @@ def test_layouts_parts_and_windows_are_as_on_torch_s_operations(launched, monkey
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"product_dtype": BF16}, {"weight_decay": 0.1}, {"capturable": True, "frequency": 3}],
+    [{}, {"product_dtype": F32}, {"weight_decay": 0.1}, {"capturable": True, "frequency": 3}],
     ids=str,
 )
 @pytest.mark.parametrize("lr_on_device", [False, True])
@@ -156,8 +156,50 @@ def test_a_learning_rate_on_the_device_is_the_number():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_steps_are_repeated_and_see_what_changes(weight_decay, launched, monkeypatch):
+    repeated = []
+    repeat = delta_steps.DeltaSteps.repeat
+
+    def noted(self, optimizer):
+        repeated.append(repeat(self, optimizer))
+        return repeated[-1]
+
+    monkeypatch.setattr(delta_steps.DeltaSteps, "repeat", noted)
+    options = {"lr": 0.1, "product_dtype": "float32", "weight_decay": weight_decay}
+    params, twins = on_cuda(*SHAPES), on_cuda(*SHAPES)
+    ours, plain = DeltaMomentum(params, **options), DeltaMomentum(twins, foreach=True, **options)
+    for seed in range(9):
+        if seed == 3:
+            params[0].data = params[0].data.clone()
+        if seed == 5:
+            state = ours.state[params[2]]
+            state["momentum_buffer"] = state["momentum_buffer"].clone()
+        for ps, optimizer in ((params, ours), (twins, plain)):
+            grads = grads_of(ps, seed)
+            if seed == 7:
+                grads[3] = grads[3].t().contiguous().t()
+            step_with(optimizer, ps, grads)
+    # The last gradients: one that lies otherwise is left to torch, and then its plan is replaced.
+    assert repeated == [True, True, False, True, False, True, False, False]
+    torch.testing.assert_close(list(params), list(twins), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_products_are_in_bfloat16_unless_asked_for_otherwise(options):
+    results = []
+    for product in (None, "bfloat16", "float32"):
+        params = on_cuda(*SHAPES)
+        optimizer = DeltaMomentum(params, lr=0.1, product_dtype=product, **options)
+        for seed in range(2):
+            step_with(optimizer, params, grads_of(params, seed))
+        results.append([p.detach() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results[:2]))
+    assert not torch.equal(results[1][0], results[2][0])
+
+
 @pytest.mark.parametrize("frequency", [1, 3])
-@pytest.mark.parametrize("product", [None, "bfloat16"])
+@pytest.mark.parametrize("product", [None, "float32"])
 def test_a_captured_step_is_the_step(frequency, product, launched):
     options = {"capturable": True, "frequency": frequency, "product_dtype": product}
     params, twins = on_cuda(*SHAPES), on_cuda(*SHAPES)

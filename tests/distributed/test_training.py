@@ -265,6 +265,9 @@ DELTA_OPTIONS: dict[str, dict[str, Any]] = {
     "foreach": {"foreach": True},
     "normalized": {"normalized": True},
     "capturable": {"capturable": True},
+    # The way of products in another dtype, as they are on CUDA by default.
+    "products": {"product_dtype": "float64"},
+    "products, for-loop": {"product_dtype": "float64", "foreach": False},
 }
 
 
