@@ -473,7 +473,7 @@ class DGD(NestedOptimizer):
         steps = [state["step"] for state in states]
         grads = [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, work)]
         if self._uses_foreach(group, work):
-            _multi_tensor_dgd(work, grads, given, steps, group, self._kernel_of(group, work))
+            _multi_tensor_dgd(work, grads, given, steps, group, self._kernels_of(group, work))
         else:
             _single_tensor_dgd(work, grads, given, steps, group)
         for p, new, comp in zip(params, work, comps):
@@ -482,17 +482,17 @@ class DGD(NestedOptimizer):
             if new is not p:
                 p.copy_(new)
 
-    _descending: Any = None
+    _descent: Any = None
 
-    def _kernel_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
-        """What moves the weights of a batch in one launch; None where torch's operations do."""
+    def _kernels_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
+        """What moves batches of weights in a few launches; None where torch's operations do."""
         if group["foreach"] is not None or not params or not kernels.available(params[0].device):
             return None
-        if self._descending is None:
-            from .kernels.descend import Descend  # Triton is there
+        if self._descent is None:
+            from .descent_fused import FusedDescent  # Triton is there
 
-            self._descending = Descend()
-        return self._descending
+            self._descent = FusedDescent()
+        return self._descent
 
     # ------------------------------------------------------------------ checkpoints and copies
 

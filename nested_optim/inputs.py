@@ -26,6 +26,8 @@ class Inputs:
     rows: Tensor
     count: float | Tensor
     scale: float | Tensor
+    #: In which the layer multiplied the rows, where they still have another dtype.
+    dtype: torch.dtype | None = None
 
 
 def take(

@@ -98,7 +98,7 @@ def test_batches_are_the_rule_to_rounding(transposed, rows, tensors, options, ba
 
 @pytest.mark.parametrize("elements, sizes", [(1, [1] * 8), (50, [2, 1, 2, 1, 1, 1])])
 def test_batches_are_bounded(elements, sizes, batches, monkeypatch):
-    monkeypatch.setattr(descent, "_BATCH_ELEMENTS", elements)
+    monkeypatch.setattr(descent, "_BATCH_BYTES", 8 * elements)
     got, want = both(*make(False, 2), options_of())
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert sorted(batches) == sorted(sizes)
