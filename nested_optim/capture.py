@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -48,8 +49,8 @@ class Owner(Protocol):
     def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
         """The group of this weight, if it is in one; inputs are of use where that has decay."""
 
-    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, tuple[int, ...]]:
-        """How many rows to keep until the next step, and the numbers that seed their choice."""
+    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, int, int]:
+        """How many rows to keep until the next step, and two numbers that seed their choice."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,10 @@ class Capture:
             for name, param in module._parameters.items():
                 if param is not None:
                     claims.setdefault(param, []).append(layout if name == "weight" else None)
-            if layout is not None and module._parameters.get("weight") is not None:
-                if module not in self._modules:
-                    hook = self._modules[module] = _ForwardHook(self, module)
-                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-                self._modules[module].features_at = 0 if layout.transposed else -1
+            weight = module._parameters.get("weight")
+            if layout is not None and weight is not None and module not in self._modules:
+                hook = self._modules[module] = _ForwardHook(self, module)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             if isinstance(module, DistributedDataParallel) and self.process_group is None:
                 self.process_group = module.process_group
         self.members = set(claims)
@@ -193,34 +193,9 @@ class Capture:
         """The pool of a weight, made when its first input comes."""
         pool = self._pools.get(weight)
         if pool is None:
-            pool = self._pools[weight] = _Pool(self._self, weight)
+            pool = self._pools[weight] = _Pool(self, weight)
             self._handles.append(weight.register_post_accumulate_grad_hook(_Commit(pool.ref)))
         return pool
-
-    def _chosen(
-        self,
-        seed: int,
-        start: int,
-        count: int,
-        size: int,
-        device: torch.device,
-        stream: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Which ``size`` of ``count`` rows to keep, and their keys.
-
-        Layers of one seed that see as many inputs keep the same places, so most layers of a step
-        share one choice. On a device it belongs to the stream that made it.
-        """
-        name = (seed, start, count, size, device, stream)
-        found = self._choices.get(name)
-        if found is None:
-            keys = stream_keys(seed, start, count, device)
-            index = smallest(keys, size)
-            found = (index, keys.index_select(0, index))
-            if len(self._choices) >= _MAX_CHOICES:
-                self._choices.clear()
-            self._choices[name] = found
-        return found
 
 
 # Hooks run at every layer of every pass. What ``torch._disable_dynamo`` wraps costs several
@@ -239,51 +214,45 @@ def _nobody() -> None:
 class _ForwardHook:
     """Tells a capture of its module's forward passes, if both live. A copy tells nobody."""
 
-    __slots__ = ("capture", "features_at", "module", "pool")
+    __slots__ = ("capture", "module", "pool")
 
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
         self.capture = _nobody if capture is None else capture._self
         self.module = _nobody if module is None else weakref.ref(module)
-        self.features_at = -1  # the weight's dimension that is as long as x
         #: Of the weight last seen, until the next survey: so long its inputs are wanted.
         self.pool: Callable[[], _Pool | None] = _nobody
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _untraced(self._see, module, args, kwargs, output)
         elif module.training and torch.is_grad_enabled():
             self._see(module, args, kwargs, output)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        capture = self.capture()
-        if capture is None or self.module() is not module:
-            return
-        pool, weight = self.pool(), module._parameters.get("weight")
-        if pool is None or pool.weight is not weight:
-            if weight is None or weight not in capture.layouts:
-                return
-            pool = None
-        group = None if pool is None else pool.group
-        if group is None:
-            owner = capture._owner()
-            group = None if owner is None else owner._group_of(weight)
-        if group is None or group["decay"] == 0 or not weight.requires_grad:
+        if self.module() is not module:
             return
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return
-        node, conv = output.grad_fn, weight.dim() > 2
-        if node is None:
+        node, pool = output.grad_fn, self.pool()
+        weight = module._parameters.get("weight")
+        if node is None or weight is None:
             return
-        if not conv and (not x.dim() or x.shape[-1] != weight.shape[self.features_at]):
-            return  # not the layer's product of its weight with x
-        if capture.process_group is None:
-            around = getattr(DistributedDataParallel, "_active_ddp_module", None)
-            capture.process_group = around.process_group if around is not None else None
-        if pool is None:
-            pool = capture._pool_of(weight)
-            self.pool = pool.ref
-        pool.group = group
+        if pool is None or pool.weight is not weight or pool.group is None:
+            pool = self._pool_of(weight)
+            if pool is None:
+                return
+        if pool.group["decay"] == 0 or not weight.requires_grad:  # type: ignore[index]
+            return
+        if not pool.conv:
+            shape = x.shape
+            if not shape or (shape[-1] != pool.features and shape[-1] != pool.measure()):
+                return  # not the layer's product of its weight with x
+        around = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if around is not None:
+            capture = self.capture()
+            if capture is not None and capture.process_group is None:
+                capture.process_group = around.process_group
 
         # Not x itself: after x += layer(x) its graph holds this node, a cycle that nothing frees.
         held = x.detach()
@@ -291,13 +260,26 @@ class _ForwardHook:
         if packed:
             # Checkpointing and offloading are to see it. A node of its own, since some releases of
             # torch free what the layer's node saved with its output.
-            held = _Saved.apply(capture._anchor, held)
-        if conv:
+            held = _Saved.apply(pool.anchor, held)
+        if pool.conv:
             use = _PatchesUse(pool.ref, held, packed, _multiplied_dtype(x))
             use.conv, use.places = module, tuple(output.shape[2 - weight.dim() :])
             node.register_prehook(use)
         else:
             node.register_prehook(_Use(pool.ref, held, packed, _multiplied_dtype(x)))
+
+    def _pool_of(self, weight: Tensor) -> _Pool | None:
+        """The pool of a weight whose inputs are wanted, with the weight's group."""
+        capture = self.capture()
+        if capture is None or weight not in capture.layouts:
+            return None
+        owner = capture._owner()
+        group = None if owner is None else owner._group_of(weight)
+        if group is None or group["decay"] == 0 or not weight.requires_grad:
+            return None
+        pool = capture._pool_of(weight)
+        pool.group, self.pool = group, pool.ref
+        return pool
 
     def __reduce__(self) -> Any:  # copy.deepcopy asks here too
         return _ForwardHook, ()
@@ -312,7 +294,7 @@ class _Commit:
         self.pool = pool
 
     def __call__(self, weight: Tensor) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _untraced(self._commit)
         else:
             self._commit()
@@ -346,7 +328,7 @@ class _Use:
         self.version = None if packed or x.is_inference() else x._version
 
     def __call__(self, _: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _untraced(self._arrive)
         else:
             self._arrive()
@@ -371,14 +353,14 @@ class _Use:
         else:
             pool.stage(self, x)
 
-    def count(self, x: Tensor) -> int:
+    def count(self, x: Tensor, features: int) -> int:
         """How many rows this input has."""
-        return math.prod(x.shape[:-1])
+        return x.numel() // features if features else math.prod(x.shape[:-1])
 
-    def rows(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
+    def rows(self, x: Tensor, count: int, features: int, index: Tensor | None) -> Tensor:
         """A copy of the rows at ``index``, or of all ``count``."""
         if x.dim() != 2:
-            x = x.reshape(count, x.shape[-1])
+            x = x.reshape(count, features)
         return x.to(self.dtype, copy=True) if index is None else x.index_select(0, index)
 
 
@@ -389,11 +371,11 @@ class _PatchesUse(_Use):
     conv: Any
     places: tuple[int, ...]
 
-    def count(self, x: Tensor) -> int:
+    def count(self, x: Tensor, features: int) -> int:
         batch = x.shape[0] if x.dim() == len(self.places) + 2 else 1
         return batch * math.prod(self.places)
 
-    def rows(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
+    def rows(self, x: Tensor, count: int, features: int, index: Tensor | None) -> Tensor:
         """What the kernel covered at these places of the output, each flattened to a row."""
         conv = self.conv
         dims = len(self.places)
@@ -440,9 +422,13 @@ class _Part:
 class _Pool:
     """The inputs of one weight."""
 
-    def __init__(self, capture: Callable[[], Capture | None], weight: Tensor) -> None:
-        self.capture, self.weight = capture, weight
+    def __init__(self, capture: Capture, weight: Tensor) -> None:
+        self.capture, self.weight = capture._self, weight
+        self.anchor, self.choices = capture._anchor, capture._choices
         self.ref = weakref.ref(self)
+        self.conv = weight.dim() > 2
+        self.layout = capture.layouts[weight]
+        self.features = self.measure()
         self.group: dict[str, Any] | None = None  # the weight's, until it may have changed
         self.capacity = 0
         self.seed: int | None = None
@@ -452,6 +438,11 @@ class _Pool:
         self.parts: list[_Part] = []
         self.staged: list[_Part] = []
 
+    def measure(self) -> int:
+        """The length of inputs, which is another if a weight's ``data`` has been replaced."""
+        self.features = self.layout.features(self.weight)
+        return self.features
+
     def clear(self, staged: bool = True) -> None:
         """Forget what was committed; and what was staged, and by which choice."""
         self.total, self.kept, self.arrived, self.parts = 0, 0, False, []
@@ -460,29 +451,35 @@ class _Pool:
 
     def stage(self, use: _Use, x: Tensor) -> None:
         """Take the rows of a use whose backward pass has begun."""
-        capture = self.capture()
-        if capture is None:
-            return
-        if self.arrived and self.weight.grad is None:
-            self.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
-        if self.seed is None:
-            owner, ranks = capture._owner(), capture.process_group
-            group = None if owner is None else self.group or owner._group_of(self.weight)
-            if owner is None or group is None:
+        seed = self.seed
+        if seed is None:
+            seed = self._open()
+            if seed is None:
                 return
-            self.capacity, numbers = owner._sample_plan(self.weight, group)
-            self.seed = stream_seed(*numbers, 0 if ranks is None else dist.get_rank(ranks))
-        task, start = _current_task(), self.total
+        elif self.arrived and self.weight.grad is None:
+            self.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
+        task, start, features = _current_task(), self.total, self.features
         if self.staged:
             self.staged = [part for part in self.staged if part.task == task]
             start += sum(part.count for part in self.staged)
-        count = use.count(x)
         keys = index = None
+        count = use.count(x, features)
         if count > self.capacity:
-            stream = _stream(x.device) if x.is_cuda else None
-            index, keys = capture._chosen(self.seed, start, count, self.capacity, x.device, stream)
-        rows = use.rows(x, count, index)
+            index, keys = _chosen(self.choices, seed, start, count, self.capacity, x)
+        rows = use.rows(x, count, features, index)
         self.staged.append(_Part(task, start, count, use.dtype, rows, keys))
+
+    def _open(self) -> int | None:
+        """Learn how many rows to keep and by what choice, for the first input since a step."""
+        capture = self.capture()
+        owner = None if capture is None else capture._owner()
+        group = None if owner is None else self.group or owner._group_of(self.weight)
+        if capture is None or owner is None or group is None:
+            return None
+        ranks = capture.process_group
+        self.capacity, step, waiting = owner._sample_plan(self.weight, group)
+        self.seed = stream_seed(step, waiting, 0 if ranks is None else dist.get_rank(ranks))
+        return self.seed
 
     def commit(self) -> None:
         """The gradient of what this backward pass has staged has arrived."""
@@ -511,6 +508,32 @@ class _Pool:
         rows = _joined([part.rows for part in self.parts])
         keys = [part.keyed(self.seed) for part in self.parts] if keyed else []
         return Sample(rows, _joined(keys) if keys else _NO_KEYS, self.total)
+
+
+def _chosen(
+    choices: dict[Any, tuple[Tensor, Tensor]],
+    seed: int,
+    start: int,
+    count: int,
+    size: int,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Which ``size`` of ``count`` rows of ``x`` to keep, and their keys.
+
+    Layers of one seed that see as many inputs keep the same places, so most layers of a step share
+    one choice. On a device it belongs to the stream that made it.
+    """
+    device = x.device
+    name = seed, start, count, size, device, _stream(device) if x.is_cuda else None
+    found = choices.get(name)
+    if found is None:
+        keys = stream_keys(seed, start, count, device)
+        index = smallest(keys, size)
+        found = (index, keys.index_select(0, index))
+        if len(choices) >= _MAX_CHOICES:
+            choices.clear()
+        choices[name] = found
+    return found
 
 
 def _cast(parts: list[_Part]) -> None:

@@ -290,14 +290,14 @@ class DGD(NestedOptimizer):
     def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
         return self._owners.get(weight)
 
-    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, tuple[int, ...]]:
+    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, int, int]:
         # What seeds the choice is state, so a run that was resumed makes the same choices.
         state = self.state.get(weight, _NO_STATE)
+        step = state["step"].item() if "step" in state else 0
         # Without a window its count is 0, and one read less at every layer.
         waiting = int(state["window_count"]) if "window_sum" in state else 0
         windowed = group["frequency"] > 1 or waiting > 0
-        numbers = int(state.get("step", 0)), waiting
-        return group["window_samples" if windowed else "max_tokens"], numbers
+        return group["window_samples" if windowed else "max_tokens"], int(step), waiting
 
     def _is_windowed(self, param: Tensor, group: dict[str, Any]) -> bool:
         return group["frequency"] > 1 or self._pending(param)
