@@ -26,21 +26,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from .samples import Sample, smallest, stream_keys, stream_seed, thinned
+from .pools import Pool, cast
+from .samples import Sample
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-#: Choices of rows that a capture keeps for other layers: more than any step has kinds of.
-_MAX_CHOICES = 64
-
-#: Where nobody asked for keys.
-_NO_KEYS = torch.empty(0, dtype=torch.int64)
-
 # What hooks ask torch at every layer, where each microsecond counts; None where a release lacks it.
-_current_task: Callable[[], int] = torch._C._current_graph_task_id
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class Owner(Protocol):
@@ -108,7 +101,8 @@ class Capture:
         self.members: set[Tensor] = set()
         self._owner = weakref.ref(owner)
         self._self = weakref.ref(self)
-        self._pools: dict[Tensor, _Pool] = {}
+        self._pools: dict[Tensor, Pool] = {}
+        self._pool_at: dict[int, Pool] = {}  # the same by identity
         self._choices: dict[Any, tuple[Tensor, Tensor]] = {}
         self._modules: dict[nn.Module, _ForwardHook] = {}
         self._handles: list[RemovableHandle] = []
@@ -138,6 +132,9 @@ class Capture:
             for param, found in claims.items()
             if found[0] is not None and all(layout == found[0] for layout in found)
         }
+        #: By identity, since steps ask for all parameters and a tensor's hash takes longer.
+        self.member_ids = set(map(id, claims))
+        self.layout_of = {id(param): layout for param, layout in self.layouts.items()}
         for hook in self._modules.values():
             hook.pool = _nobody
 
@@ -146,6 +143,7 @@ class Capture:
         _remove(self._handles)
         self._modules.clear()
         self._pools.clear()
+        self._pool_at.clear()
         self._choices.clear()
 
     def clear(self, weights: Iterable[Tensor] | None = None) -> None:
@@ -158,7 +156,7 @@ class Capture:
 
     def arrived(self, weight: Tensor) -> bool:
         """Whether a layer of this weight has sent inputs (none at all, if its batch was empty)."""
-        pool = self._pools.get(weight)
+        pool = self._pool_at.get(id(weight))
         return pool is not None and pool.arrived
 
     def any_arrived(self) -> bool:
@@ -175,25 +173,40 @@ class Capture:
             pool.group = None
 
     def take(self, weights: list[Tensor], keyed: bool) -> list[Sample]:
-        """Committed inputs of these weights, which are forgotten; ``keyed`` if keys are needed."""
-        pools = [self._pools.get(weight) for weight in weights]
-        _cast([part for pool in pools if pool is not None for part in pool.parts])
-        samples = []
-        for weight, pool in zip(weights, pools):
-            if pool is not None and pool.parts:
-                samples.append(pool.joined(keyed))
-                pool.clear()
-                continue
-            features = self.layouts[weight].features(weight)
-            nothing = torch.zeros(0, dtype=torch.int64, device=weight.device)
-            samples.append(Sample(weight.detach().new_zeros(0, features), nothing, 0))
-        return samples
+        """Committed inputs of these weights, which are forgotten; ``keyed`` if keys are needed.
 
-    def _pool_of(self, weight: Tensor) -> _Pool:
+        Rows are in the dtypes in which their layers multiplied them.
+        """
+        pools = [self._pool_at.get(id(weight)) for weight in weights]
+        cast([part for pool in pools if pool is not None for part in pool.parts])
+        return [self._taken(*pair, keyed) for pair in zip(weights, pools)]
+
+    def take_uncast(self, weights: list[Tensor]) -> list[tuple[Sample, torch.dtype]]:
+        """The same without keys, and with dtypes that the rows may have yet to be cast to."""
+        found = []
+        for weight in weights:
+            pool = self._pool_at.get(id(weight))
+            parts = [] if pool is None else pool.parts
+            if len(parts) > 1:
+                cast(parts)
+            sample = self._taken(weight, pool, keyed=False)
+            found.append((sample, parts[0].dtype if len(parts) == 1 else sample.rows.dtype))
+        return found
+
+    def _taken(self, weight: Tensor, pool: Pool | None, keyed: bool) -> Sample:
+        if pool is not None and pool.parts:
+            sample = pool.joined(keyed)
+            pool.clear()
+            return sample
+        features = self.layouts[weight].features(weight)
+        nothing = torch.zeros(0, dtype=torch.int64, device=weight.device)
+        return Sample(weight.detach().new_zeros(0, features), nothing, 0)
+
+    def _pool_of(self, weight: Tensor) -> Pool:
         """The pool of a weight, made when its first input comes."""
         pool = self._pools.get(weight)
         if pool is None:
-            pool = self._pools[weight] = _Pool(self, weight)
+            pool = self._pools[weight] = self._pool_at[id(weight)] = Pool(self, weight)
             self._handles.append(weight.register_post_accumulate_grad_hook(_Commit(pool.ref)))
         return pool
 
@@ -220,7 +233,7 @@ class _ForwardHook:
         self.capture = _nobody if capture is None else capture._self
         self.module = _nobody if module is None else weakref.ref(module)
         #: Of the weight last seen, until the next survey: so long its inputs are wanted.
-        self.pool: Callable[[], _Pool | None] = _nobody
+        self.pool: Callable[[], Pool | None] = _nobody
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if is_compiling():
@@ -268,7 +281,7 @@ class _ForwardHook:
         else:
             node.register_prehook(_Use(pool.ref, held, packed, _multiplied_dtype(x)))
 
-    def _pool_of(self, weight: Tensor) -> _Pool | None:
+    def _pool_of(self, weight: Tensor) -> Pool | None:
         """The pool of a weight whose inputs are wanted, with the weight's group."""
         capture = self.capture()
         if capture is None or weight not in capture.layouts:
@@ -290,7 +303,7 @@ class _Commit:
 
     __slots__ = ("pool",)
 
-    def __init__(self, pool: Callable[[], _Pool | None]) -> None:
+    def __init__(self, pool: Callable[[], Pool | None]) -> None:
         self.pool = pool
 
     def __call__(self, weight: Tensor) -> None:
@@ -320,7 +333,7 @@ class _Use:
     __slots__ = ("dtype", "packed", "pool", "version", "x")
 
     def __init__(
-        self, pool: Callable[[], _Pool | None], x: Any, packed: bool, dtype: torch.dtype
+        self, pool: Callable[[], Pool | None], x: Any, packed: bool, dtype: torch.dtype
     ) -> None:
         self.pool = pool
         self.x = x  # the input, or the output of the node that saved it
@@ -399,166 +412,6 @@ class _PatchesUse(_Use):
         return patches.movedim(-1, 1).flatten(1)
 
 
-@dataclass(slots=True)
-class _Part:
-    """Rows of one use, which its layer multiplied in ``dtype``.
-
-    Without keys they are all of its rows, from ``start`` on.
-    """
-
-    task: int
-    start: int
-    count: int
-    dtype: torch.dtype
-    rows: Tensor
-    keys: Tensor | None
-
-    def keyed(self, seed: int) -> Tensor:
-        if self.keys is None:
-            self.keys = stream_keys(seed, self.start, self.count, self.rows.device)
-        return self.keys
-
-
-class _Pool:
-    """The inputs of one weight."""
-
-    def __init__(self, capture: Capture, weight: Tensor) -> None:
-        self.capture, self.weight = capture._self, weight
-        self.anchor, self.choices = capture._anchor, capture._choices
-        self.ref = weakref.ref(self)
-        self.conv = weight.dim() > 2
-        self.layout = capture.layouts[weight]
-        self.features = self.measure()
-        self.group: dict[str, Any] | None = None  # the weight's, until it may have changed
-        self.capacity = 0
-        self.seed: int | None = None
-        self.total = 0  # committed
-        self.kept = 0  # rows of them
-        self.arrived = False
-        self.parts: list[_Part] = []
-        self.staged: list[_Part] = []
-
-    def measure(self) -> int:
-        """The length of inputs, which is another if a weight's ``data`` has been replaced."""
-        self.features = self.layout.features(self.weight)
-        return self.features
-
-    def clear(self, staged: bool = True) -> None:
-        """Forget what was committed; and what was staged, and by which choice."""
-        self.total, self.kept, self.arrived, self.parts = 0, 0, False, []
-        if staged:
-            self.staged, self.seed = [], None
-
-    def stage(self, use: _Use, x: Tensor) -> None:
-        """Take the rows of a use whose backward pass has begun."""
-        seed = self.seed
-        if seed is None:
-            seed = self._open()
-            if seed is None:
-                return
-        elif self.arrived and self.weight.grad is None:
-            self.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
-        task, start, features = _current_task(), self.total, self.features
-        if self.staged:
-            self.staged = [part for part in self.staged if part.task == task]
-            start += sum(part.count for part in self.staged)
-        keys = index = None
-        count = use.count(x, features)
-        if count > self.capacity:
-            index, keys = _chosen(self.choices, seed, start, count, self.capacity, x)
-        rows = use.rows(x, count, features, index)
-        self.staged.append(_Part(task, start, count, use.dtype, rows, keys))
-
-    def _open(self) -> int | None:
-        """Learn how many rows to keep and by what choice, for the first input since a step."""
-        capture = self.capture()
-        owner = None if capture is None else capture._owner()
-        group = None if owner is None else self.group or owner._group_of(self.weight)
-        if capture is None or owner is None or group is None:
-            return None
-        ranks = capture.process_group
-        self.capacity, step, waiting = owner._sample_plan(self.weight, group)
-        self.seed = stream_seed(step, waiting, 0 if ranks is None else dist.get_rank(ranks))
-        return self.seed
-
-    def commit(self) -> None:
-        """The gradient of what this backward pass has staged has arrived."""
-        task = _current_task()
-        staged, self.staged = self.staged, []
-        for part in staged:
-            if part.task == task:
-                self.arrived = True
-                self.parts.append(part)
-                self.total += part.count
-                self.kept += part.rows.shape[0]
-        if self.kept > self.capacity:
-            with torch.no_grad():
-                rows, keys, _ = thinned(self.sample(keyed=True), self.capacity)
-            self.parts = [_Part(task, 0, self.total, rows.dtype, rows, keys)]
-            self.kept = rows.shape[0]
-
-    def sample(self, keyed: bool) -> Sample:
-        """All committed rows, as they were multiplied."""
-        _cast(self.parts)
-        return self.joined(keyed)
-
-    def joined(self, keyed: bool) -> Sample:
-        """All committed rows, which have been cast."""
-        assert self.seed is not None
-        rows = _joined([part.rows for part in self.parts])
-        keys = [part.keyed(self.seed) for part in self.parts] if keyed else []
-        return Sample(rows, _joined(keys) if keys else _NO_KEYS, self.total)
-
-
-def _chosen(
-    choices: dict[Any, tuple[Tensor, Tensor]],
-    seed: int,
-    start: int,
-    count: int,
-    size: int,
-    x: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Which ``size`` of ``count`` rows of ``x`` to keep, and their keys.
-
-    Layers of one seed that see as many inputs keep the same places, so most layers of a step share
-    one choice. On a device it belongs to the stream that made it.
-    """
-    device = x.device
-    name = seed, start, count, size, device, _stream(device) if x.is_cuda else None
-    found = choices.get(name)
-    if found is None:
-        keys = stream_keys(seed, start, count, device)
-        index = smallest(keys, size)
-        found = (index, keys.index_select(0, index))
-        if len(choices) >= _MAX_CHOICES:
-            choices.clear()
-        choices[name] = found
-    return found
-
-
-def _cast(parts: list[_Part]) -> None:
-    """Bring rows to the dtypes in which they were multiplied: of many layers in few launches."""
-    kinds: dict[Any, list[_Part]] = {}
-    for part in parts:
-        if part.rows.dtype is not part.dtype:
-            kinds.setdefault((part.rows.device, part.rows.dtype, part.dtype), []).append(part)
-    for (_, _, dtype), members in kinds.items():
-        before = [part.rows for part in members]
-        for part in members:
-            part.rows = torch.empty_like(part.rows, dtype=dtype)
-        torch._foreach_copy_([part.rows for part in members], before)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """Concatenated, in the widest of their dtypes."""
-    if len(tensors) == 1:
-        return tensors[0]
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return torch.cat([tensor.to(dtype) for tensor in tensors])
-
-
 def _multiplied_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a layer multiplies this input: autocast's, where that is on."""
     dtype = x.dtype
@@ -566,14 +419,6 @@ def _multiplied_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
         return torch.get_autocast_dtype(kind)
     return dtype
-
-
-def _stream(device: torch.device) -> int:
-    """The stream that a CUDA device's work goes to, as a number."""
-    if _raw_stream is None:
-        return torch.cuda.current_stream(device).cuda_stream
-    stream: int = _raw_stream(device.index)
-    return stream
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

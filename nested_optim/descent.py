@@ -16,6 +16,7 @@ from torch import Tensor
 from . import rules
 from .inputs import Inputs
 from .nested import _buckets, _count
+from .pools import cast
 from .rules.dgd import forms_second_moment
 from .tensors import to_scalar
 
@@ -39,6 +40,7 @@ def _single_tensor_dgd(
     group: dict[str, Any],
 ) -> None:
     """The rule itself, tensor by tensor."""
+    cast(filter(None, taken))
     options = {
         "lr": to_scalar(group["lr"]),
         "weight_decay": group["weight_decay"],
@@ -96,6 +98,7 @@ def _multi_tensor_dgd(
         if kernels is not None:
             left = kernels(chosen, theirs, inputs, group)
             chosen, theirs, inputs = _at(left, chosen, theirs, inputs)
+        cast(inputs)
         _batched_dgd(chosen, theirs, inputs, group)
     if not plain:
         return

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nested_optim import DGD, descent, rules
-from nested_optim.capture import Capture, Layout
+from nested_optim import DGD, descent, pools, rules
+from nested_optim.capture import Layout
 from nested_optim.inputs import Inputs
 
 from .helpers import assert_same_tensors
@@ -208,13 +208,13 @@ def test_training_in_batches_is_training_one_by_one(options, batches, monkeypatc
 def test_layers_that_see_as_many_inputs_share_one_choice(monkeypatch):
     """49 layers of a decoder would else hash, select and sort the same places 49 times."""
     chosen = []
-    choose = Capture._chosen
+    choose = pools.chosen
 
-    def noted(self, *args):
-        chosen.append(choose(self, *args))
+    def noted(*args):
+        chosen.append(choose(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(Capture, "_chosen", noted)
+    monkeypatch.setattr(pools, "chosen", noted)
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     optimizer = DGD(model, 0.01, max_tokens=3)
     for _ in range(2):
