@@ -245,7 +245,7 @@ def products(
     """``W X^T X`` of stacked weights, in their shape, times factors ``(weights, 1, 1)``."""
     # Transposed ones stay so: no product turns them over.
     matrices = weights.flatten(2) if weights.dim() > 3 else weights
-    if _forms(weights[0], rows[0]):
+    if _forms(weights.numel() // len(weights), *rows.shape[1:]):
         second = _times(torch.bmm(rows.mT, rows), factors)
         terms = torch.bmm(second, matrices) if transposed else torch.bmm(matrices, second)
     elif transposed:
@@ -258,14 +258,16 @@ def products(
 def weights_per_batch(weight: Tensor, rows: Tensor, product: torch.dtype) -> int:
     """How many weights like this one a batch of products holds."""
     count, features = rows.shape
-    between = features**2 if _forms(weight, rows) else weight.numel() // max(1, features) * count
-    largest = max(1, weight.numel(), rows.numel(), between)
+    numel = weight.numel()
+    forms = _forms(numel, count, features)
+    between = features**2 if forms else numel // max(1, features) * count
+    largest = max(1, numel, rows.numel(), between)
     return max(1, _BATCH_BYTES // (product.itemsize * largest))
 
 
-def _forms(weight: Tensor, rows: Tensor) -> bool:
-    count, features = rows.shape
-    return forms_second_moment(count, weight.numel() // max(1, features), features)
+def _forms(numel: int, count: int, features: int) -> bool:
+    """Whether products with a weight of so many elements form ``S``."""
+    return forms_second_moment(count, numel // max(1, features), features)
 
 
 def _product_dtype(rows: Tensor, sizes: Tensor) -> torch.dtype:

@@ -243,11 +243,12 @@ def prepare(
     device, (table, merged) = one.device, where
     copies_weights = number > 1 or one.dtype is not batch.product
     copies_rows = number > 1 or x.dtype is not batch.seen or x.dtype is not batch.product
-    weights, rows = one.unsqueeze(0), x.unsqueeze(0)
-    if copies_weights:
-        weights = torch.empty((number, *one.shape), dtype=batch.product, device=device)
-    if copies_rows:
-        rows = torch.empty((number, *x.shape), dtype=batch.product, device=device)
+    weights, rows = (
+        torch.empty((number, *t.shape), dtype=batch.product, device=device)
+        if copied
+        else t.unsqueeze(0)
+        for t, copied in ((one, copies_weights), (x, copies_rows))
+    )
     weight_spans = triton.cdiv(one.numel(), SPAN) if copies_weights else 0
     row_spans = triton.cdiv(x.numel(), SPAN)
     numbers = torch.empty(number * (2 + row_spans), dtype=torch.float32, device=device)
@@ -310,7 +311,7 @@ def descend(
 def _whole(merged: int, *stacks: Tensor) -> bool:
     """Whether each tensor of a batch, and of stacks for it, begins at a multiple of 16 bytes."""
     return not merged & 15 and all(
-        aligned(stack) and stack[0].numel() * stack.itemsize % 16 == 0 for stack in stacks
+        aligned(stack) and stack.nbytes // len(stack) % 16 == 0 for stack in stacks
     )
 
 
