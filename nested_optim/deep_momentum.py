@@ -20,6 +20,7 @@ from . import momentum_memory, rules
 from .fused import FusedSteps
 from .momentum import MomentumOptimizer, foreach_decay, foreach_descend, foreach_scale, in_place
 from .optimizer import ParamsT
+from .step_hooks import outside_autocast
 from .tensors import is_dtensor
 
 #: Options of the MLP memory, of which there is one for all groups, and their defaults.
@@ -228,6 +229,7 @@ class DeepMomentum(MomentumOptimizer):
             return self._step_uncompiled(closure)
         return super()._step_while_compiling(closure)
 
+    @outside_autocast
     @_use_grad_for_differentiable
     def flush(self) -> int:
         self._samples = []
