@@ -225,7 +225,11 @@ class DGD(NestedOptimizer):
                 "the checkpoint is torch.optim.SGD's with momentum, and DGD keeps none: load it "
                 "into an optimizer with momentum"
             )
-        for key in ("momentum", "dampening", "nesterov"):
+        dropped = ["momentum", "dampening", "nesterov"]
+        params = group["params"]
+        if isinstance(params, list) and params and isinstance(params[0], (int, str)):
+            dropped += ["fused", "capturable"]  # of a checkpoint: how its steps were made
+        for key in dropped:
             group.pop(key, None)
         return group
 
