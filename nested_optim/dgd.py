@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from . import inputs, kernels, rules
+from . import dgd_options, inputs, kernels, rules
 from .capture import Capture
 from .descent import _multi_tensor_dgd, _single_tensor_dgd, subtracted_terms
 from .fused import Work
@@ -27,7 +25,6 @@ from .optimizer import LevelOptimizer, ParamsT
 from .tensors import is_dtensor
 
 _NO_STATE: dict[str, Any] = {}
-_CHOICES = {"batch": ("mean", "exact"), "base": ("sgd", "adamw"), "reduction": ("mean", "sum")}
 
 
 class DGD(NestedOptimizer):
@@ -122,51 +119,12 @@ class DGD(NestedOptimizer):
 
     def _check_options(self, options: dict[str, Any], where: str) -> dict[str, Any]:
         canonical = super()._check_options(options, where)
-        self._check_rule(options, where)
-        if options["capturable"]:
-            raise RuntimeError(
-                f"{where}`capturable` is not supported: how many inputs a step sees varies, and "
-                "all shapes in a CUDA graph are fixed"
-            )
-        if options["fused"]:
-            raise RuntimeError(
-                f"{where}`fused` is not supported: there is no fused kernel of this rule. Leave it "
-                "at None"
-            )
-        for key in ("max_tokens", "window_samples"):
-            value = options[key]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{where}Invalid {key}: {value!r}. It is a number of inputs, an integer >= 1"
-                )
+        dgd_options.check(options, where)
         return canonical
 
     def _check_edits(self, group: dict[str, Any], where: str) -> None:
         super()._check_edits(group, where)
-        self._check_rule(group, where)
-
-    def _check_rule(self, options: dict[str, Any], where: str) -> None:
-        decay = options["decay"]
-        real = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
-        if not real or not 0.0 <= decay < math.inf:
-            raise ValueError(f"{where}Invalid decay: {decay!r}. It is a number >= 0")
-        for key, choices in _CHOICES.items():
-            if options[key] not in choices:
-                raise ValueError(
-                    f"{where}Invalid {key}: {options[key]!r}. Choose one of {', '.join(choices)}"
-                )
-        if options["base"] == "adamw" and options["batch"] == "exact":
-            raise ValueError(
-                f"{where}batch='exact' needs base='sgd': with AdamW's step there is no problem of "
-                "which the update is the solution"
-            )
-        if options["base"] == "sgd" and options["amsgrad"]:
-            raise ValueError(f"{where}`amsgrad` needs base='adamw': base='sgd' keeps no moments")
-        if options["differentiable"] and decay:
-            raise RuntimeError(
-                f"{where}`differentiable` needs decay=0: captured inputs are constants to "
-                "autograd, so a gradient through the update would lack a part"
-            )
+        dgd_options.check(group, where)
 
     def _check_other_groups(self, group: dict[str, Any], where: str) -> None:
         super()._check_other_groups(group, where)
@@ -301,7 +259,10 @@ class DGD(NestedOptimizer):
         waiting = int(state["window_count"]) if "window_sum" in state else 0
         windowed = group["frequency"] > 1 or waiting > 0
         numbers = int(state.get("step", 0)), waiting
-        return group["window_samples" if windowed else "max_tokens"], numbers
+        size = group["window_samples" if windowed else "max_tokens"]
+        if type(size) is not int or size < 1:  # edited, and no step has refused it yet
+            dgd_options.check_sizes(group, f"{self._label_of(group, weight)}: ")
+        return size, numbers
 
     def _is_windowed(self, param: Tensor, group: dict[str, Any]) -> bool:
         return group["frequency"] > 1 or self._pending(param)
