@@ -313,7 +313,7 @@ def test_the_scale_of_the_gradients_does_not_matter(scale):
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e25])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e25, 1e37])
 def test_gradients_out_of_range_get_plain_momentum_and_no_nan(scale):
     params, plain = make_params((6, 4)), make_params((6, 4))
     optimizer = DeepMomentum(params, lr=1e-9, memory_lr=0.1)
