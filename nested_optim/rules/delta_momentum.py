@@ -62,7 +62,7 @@ def delta_term(
     wide = torch.float32 if half else None
     # Of norm 1 / room, so that sums over rows of the buffer are no longer than its numbers. The
     # term depends on neither scale, so autograd need not see them.
-    peak, unit = _to_peak_one(grad)
+    mean, unit = _to_mean_one(grad)
     norm = torch.linalg.vector_norm(unit.detach(), dim=dims, keepdim=True, dtype=wide).clamp(min=1)
     room = 2.0 ** math.ceil(math.log2(columns) / 2)
     unit = unit / (norm * room).to(unit.dtype if half else norm.dtype)
@@ -70,7 +70,7 @@ def delta_term(
     if normalized:
         factor = momentum * (rate / (1 + rate)) / square.clamp(min=0.5)  # 1, or that of zeros
     else:
-        scale = peak * norm
+        scale = mean * norm
         factor = momentum / (momentum / (scale * rate * scale) + square)
     if half:
         factor = factor.to(dtype)
@@ -89,9 +89,9 @@ def _term_of_units(
     kept = buf.dtype
     wide = torch.promote_types(torch.promote_types(kept, dtype), torch.float32)
     dtype = dtype.to_complex() if kept.is_complex else dtype
-    buf_scale, buf = _to_peak_one(buf.to(wide))
-    scale, grad = _to_peak_one(grad.to(wide))
-    # Of numbers up to 1, or of none but zeros.
+    buf_scale, buf = _to_mean_one(buf.to(wide))
+    scale, grad = _to_mean_one(grad.to(wide))
+    # Of numbers with mean magnitude 1, or of none but zeros.
     length = torch.linalg.vector_norm(buf, dim=(-2, -1), keepdim=True).clamp(min=1)
     norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True).clamp(min=1)
     square = norm**2
@@ -111,14 +111,15 @@ def _term_of_units(
     return term.to(kept)
 
 
-def _to_peak_one(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest magnitude of each matrix, and the matrix divided by it.
-
-    Unlike a mean or a norm it is in the dtype's range whatever the numbers are.
-    """
-    peak = torch.linalg.vector_norm(tensor.detach(), math.inf, dim=(-2, -1), keepdim=True)
-    peak = peak.clamp(min=torch.finfo(tensor.dtype).tiny)
-    return peak, tensor / peak
+def _to_mean_one(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean magnitude of each matrix, whatever its numbers are, and the matrix divided by it."""
+    rows, columns = tensor.shape[-2:]
+    room = 2.0 ** math.ceil(math.log2(rows * columns))  # or a sum would leave the dtype's range
+    wide = torch.float32 if tensor.dtype == torch.bfloat16 else None
+    shares = (tensor.detach() / room).abs()
+    mean = shares.sum((-2, -1), keepdim=True, dtype=wide) * (room / (rows * columns))
+    mean = mean.clamp(min=torch.finfo(tensor.dtype).tiny)
+    return mean, tensor / mean.to(shares.dtype)
 
 
 def delta_momentum(
