@@ -21,25 +21,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from .samples import Sample, smallest, stream_keys, stream_seed, thinned
+from .pools import Pool, cast
+from .samples import Sample
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-#: Choices of rows that a capture keeps for other layers: more than any step has kinds of.
-_MAX_CHOICES = 64
-
-#: Where nobody asked for keys.
-_NO_KEYS = torch.empty(0, dtype=torch.int64)
-
 # What hooks ask torch at every layer, where each microsecond counts; None where a release lacks it.
-_current_task: Callable[[], int] = torch._C._current_graph_task_id
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class Owner(Protocol):
@@ -48,8 +42,8 @@ class Owner(Protocol):
     def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
         """The group of this weight, if it is in one; inputs are of use where that has decay."""
 
-    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, tuple[int, ...]]:
-        """How many rows to keep until the next step, and the numbers that seed their choice."""
+    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, int, int]:
+        """How many rows to keep until the next step, and two numbers that seed their choice."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,8 @@ class Capture:
         self.members: set[Tensor] = set()
         self._owner = weakref.ref(owner)
         self._self = weakref.ref(self)
-        self._pools: dict[Tensor, _Pool] = {}
+        self._pools: dict[Tensor, Pool] = {}
+        self._pool_at: dict[int, Pool] = {}  # the same by identity
         self._choices: dict[Any, tuple[Tensor, Tensor]] = {}
         self._modules: dict[nn.Module, _ForwardHook] = {}
         self._handles: list[RemovableHandle] = []
@@ -124,11 +119,10 @@ class Capture:
             for name, param in module._parameters.items():
                 if param is not None:
                     claims.setdefault(param, []).append(layout if name == "weight" else None)
-            if layout is not None and module._parameters.get("weight") is not None:
-                if module not in self._modules:
-                    hook = self._modules[module] = _ForwardHook(self, module)
-                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-                self._modules[module].features_at = 0 if layout.transposed else -1
+            weight = module._parameters.get("weight")
+            if layout is not None and weight is not None and module not in self._modules:
+                hook = self._modules[module] = _ForwardHook(self, module)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
             if isinstance(module, DistributedDataParallel) and self.process_group is None:
                 self.process_group = module.process_group
         self.members = set(claims)
@@ -138,6 +132,9 @@ class Capture:
             for param, found in claims.items()
             if found[0] is not None and all(layout == found[0] for layout in found)
         }
+        #: By identity, since steps ask for all parameters and a tensor's hash takes longer.
+        self.member_ids = set(map(id, claims))
+        self.layout_of = {id(param): layout for param, layout in self.layouts.items()}
         for hook in self._modules.values():
             hook.pool = _nobody
 
@@ -146,6 +143,7 @@ class Capture:
         _remove(self._handles)
         self._modules.clear()
         self._pools.clear()
+        self._pool_at.clear()
         self._choices.clear()
 
     def clear(self, weights: Iterable[Tensor] | None = None) -> None:
@@ -158,7 +156,7 @@ class Capture:
 
     def arrived(self, weight: Tensor) -> bool:
         """Whether a layer of this weight has sent inputs (none at all, if its batch was empty)."""
-        pool = self._pools.get(weight)
+        pool = self._pool_at.get(id(weight))
         return pool is not None and pool.arrived
 
     def any_arrived(self) -> bool:
@@ -175,52 +173,42 @@ class Capture:
             pool.group = None
 
     def take(self, weights: list[Tensor], keyed: bool) -> list[Sample]:
-        """Committed inputs of these weights, which are forgotten; ``keyed`` if keys are needed."""
-        pools = [self._pools.get(weight) for weight in weights]
-        _cast([part for pool in pools if pool is not None for part in pool.parts])
-        samples = []
-        for weight, pool in zip(weights, pools):
-            if pool is not None and pool.parts:
-                samples.append(pool.joined(keyed))
-                pool.clear()
-                continue
-            features = self.layouts[weight].features(weight)
-            nothing = torch.zeros(0, dtype=torch.int64, device=weight.device)
-            samples.append(Sample(weight.detach().new_zeros(0, features), nothing, 0))
-        return samples
+        """Committed inputs of these weights, which are forgotten; ``keyed`` if keys are needed.
 
-    def _pool_of(self, weight: Tensor) -> _Pool:
+        Rows are in the dtypes in which their layers multiplied them.
+        """
+        pools = [self._pool_at.get(id(weight)) for weight in weights]
+        cast([part for pool in pools if pool is not None for part in pool.parts])
+        return [self._taken(*pair, keyed) for pair in zip(weights, pools)]
+
+    def take_uncast(self, weights: list[Tensor]) -> list[tuple[Sample, torch.dtype]]:
+        """The same without keys, and with dtypes that the rows may have yet to be cast to."""
+        found = []
+        for weight in weights:
+            pool = self._pool_at.get(id(weight))
+            parts = [] if pool is None else pool.parts
+            if len(parts) > 1:
+                cast(parts)
+            sample = self._taken(weight, pool, keyed=False)
+            found.append((sample, parts[0].dtype if len(parts) == 1 else sample.rows.dtype))
+        return found
+
+    def _taken(self, weight: Tensor, pool: Pool | None, keyed: bool) -> Sample:
+        if pool is not None and pool.parts:
+            sample = pool.joined(keyed)
+            pool.clear()
+            return sample
+        features = self.layouts[weight].features(weight)
+        nothing = torch.zeros(0, dtype=torch.int64, device=weight.device)
+        return Sample(weight.detach().new_zeros(0, features), nothing, 0)
+
+    def _pool_of(self, weight: Tensor) -> Pool:
         """The pool of a weight, made when its first input comes."""
         pool = self._pools.get(weight)
         if pool is None:
-            pool = self._pools[weight] = _Pool(self._self, weight)
+            pool = self._pools[weight] = self._pool_at[id(weight)] = Pool(self, weight)
             self._handles.append(weight.register_post_accumulate_grad_hook(_Commit(pool.ref)))
         return pool
-
-    def _chosen(
-        self,
-        seed: int,
-        start: int,
-        count: int,
-        size: int,
-        device: torch.device,
-        stream: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Which ``size`` of ``count`` rows to keep, and their keys.
-
-        Layers of one seed that see as many inputs keep the same places, so most layers of a step
-        share one choice. On a device it belongs to the stream that made it.
-        """
-        name = (seed, start, count, size, device, stream)
-        found = self._choices.get(name)
-        if found is None:
-            keys = stream_keys(seed, start, count, device)
-            index = smallest(keys, size)
-            found = (index, keys.index_select(0, index))
-            if len(self._choices) >= _MAX_CHOICES:
-                self._choices.clear()
-            self._choices[name] = found
-        return found
 
 
 # Hooks run at every layer of every pass. What ``torch._disable_dynamo`` wraps costs several
@@ -239,51 +227,45 @@ def _nobody() -> None:
 class _ForwardHook:
     """Tells a capture of its module's forward passes, if both live. A copy tells nobody."""
 
-    __slots__ = ("capture", "features_at", "module", "pool")
+    __slots__ = ("capture", "module", "pool")
 
     def __init__(self, capture: Capture | None = None, module: nn.Module | None = None) -> None:
         self.capture = _nobody if capture is None else capture._self
         self.module = _nobody if module is None else weakref.ref(module)
-        self.features_at = -1  # the weight's dimension that is as long as x
         #: Of the weight last seen, until the next survey: so long its inputs are wanted.
-        self.pool: Callable[[], _Pool | None] = _nobody
+        self.pool: Callable[[], Pool | None] = _nobody
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _untraced(self._see, module, args, kwargs, output)
         elif module.training and torch.is_grad_enabled():
             self._see(module, args, kwargs, output)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        capture = self.capture()
-        if capture is None or self.module() is not module:
-            return
-        pool, weight = self.pool(), module._parameters.get("weight")
-        if pool is None or pool.weight is not weight:
-            if weight is None or weight not in capture.layouts:
-                return
-            pool = None
-        group = None if pool is None else pool.group
-        if group is None:
-            owner = capture._owner()
-            group = None if owner is None else owner._group_of(weight)
-        if group is None or group["decay"] == 0 or not weight.requires_grad:
+        if self.module() is not module:
             return
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return
-        node, conv = output.grad_fn, weight.dim() > 2
-        if node is None:
+        node, pool = output.grad_fn, self.pool()
+        weight = module._parameters.get("weight")
+        if node is None or weight is None:
             return
-        if not conv and (not x.dim() or x.shape[-1] != weight.shape[self.features_at]):
-            return  # not the layer's product of its weight with x
-        if capture.process_group is None:
-            around = getattr(DistributedDataParallel, "_active_ddp_module", None)
-            capture.process_group = around.process_group if around is not None else None
-        if pool is None:
-            pool = capture._pool_of(weight)
-            self.pool = pool.ref
-        pool.group = group
+        if pool is None or pool.weight is not weight or pool.group is None:
+            pool = self._pool_of(weight)
+            if pool is None:
+                return
+        if pool.group["decay"] == 0 or not weight.requires_grad:  # type: ignore[index]
+            return
+        if not pool.conv:
+            shape = x.shape
+            if not shape or (shape[-1] != pool.features and shape[-1] != pool.measure()):
+                return  # not the layer's product of its weight with x
+        around = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if around is not None:
+            capture = self.capture()
+            if capture is not None and capture.process_group is None:
+                capture.process_group = around.process_group
 
         # Not x itself: after x += layer(x) its graph holds this node, a cycle that nothing frees.
         held = x.detach()
@@ -291,13 +273,26 @@ class _ForwardHook:
         if packed:
             # Checkpointing and offloading are to see it. A node of its own, since some releases of
             # torch free what the layer's node saved with its output.
-            held = _Saved.apply(capture._anchor, held)
-        if conv:
+            held = _Saved.apply(pool.anchor, held)
+        if pool.conv:
             use = _PatchesUse(pool.ref, held, packed, _multiplied_dtype(x))
             use.conv, use.places = module, tuple(output.shape[2 - weight.dim() :])
             node.register_prehook(use)
         else:
             node.register_prehook(_Use(pool.ref, held, packed, _multiplied_dtype(x)))
+
+    def _pool_of(self, weight: Tensor) -> Pool | None:
+        """The pool of a weight whose inputs are wanted, with the weight's group."""
+        capture = self.capture()
+        if capture is None or weight not in capture.layouts:
+            return None
+        owner = capture._owner()
+        group = None if owner is None else owner._group_of(weight)
+        if group is None or group["decay"] == 0 or not weight.requires_grad:
+            return None
+        pool = capture._pool_of(weight)
+        pool.group, self.pool = group, pool.ref
+        return pool
 
     def __reduce__(self) -> Any:  # copy.deepcopy asks here too
         return _ForwardHook, ()
@@ -308,11 +303,11 @@ class _Commit:
 
     __slots__ = ("pool",)
 
-    def __init__(self, pool: Callable[[], _Pool | None]) -> None:
+    def __init__(self, pool: Callable[[], Pool | None]) -> None:
         self.pool = pool
 
     def __call__(self, weight: Tensor) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _untraced(self._commit)
         else:
             self._commit()
@@ -338,7 +333,7 @@ class _Use:
     __slots__ = ("dtype", "packed", "pool", "version", "x")
 
     def __init__(
-        self, pool: Callable[[], _Pool | None], x: Any, packed: bool, dtype: torch.dtype
+        self, pool: Callable[[], Pool | None], x: Any, packed: bool, dtype: torch.dtype
     ) -> None:
         self.pool = pool
         self.x = x  # the input, or the output of the node that saved it
@@ -346,7 +341,7 @@ class _Use:
         self.version = None if packed or x.is_inference() else x._version
 
     def __call__(self, _: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _untraced(self._arrive)
         else:
             self._arrive()
@@ -371,14 +366,14 @@ class _Use:
         else:
             pool.stage(self, x)
 
-    def count(self, x: Tensor) -> int:
+    def count(self, x: Tensor, features: int) -> int:
         """How many rows this input has."""
-        return math.prod(x.shape[:-1])
+        return x.numel() // features if features else math.prod(x.shape[:-1])
 
-    def rows(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
+    def rows(self, x: Tensor, count: int, features: int, index: Tensor | None) -> Tensor:
         """A copy of the rows at ``index``, or of all ``count``."""
         if x.dim() != 2:
-            x = x.reshape(count, x.shape[-1])
+            x = x.reshape(count, features)
         return x.to(self.dtype, copy=True) if index is None else x.index_select(0, index)
 
 
@@ -389,11 +384,11 @@ class _PatchesUse(_Use):
     conv: Any
     places: tuple[int, ...]
 
-    def count(self, x: Tensor) -> int:
+    def count(self, x: Tensor, features: int) -> int:
         batch = x.shape[0] if x.dim() == len(self.places) + 2 else 1
         return batch * math.prod(self.places)
 
-    def rows(self, x: Tensor, count: int, index: Tensor | None) -> Tensor:
+    def rows(self, x: Tensor, count: int, features: int, index: Tensor | None) -> Tensor:
         """What the kernel covered at these places of the output, each flattened to a row."""
         conv = self.conv
         dims = len(self.places)
@@ -417,125 +412,6 @@ class _PatchesUse(_Use):
         return patches.movedim(-1, 1).flatten(1)
 
 
-@dataclass(slots=True)
-class _Part:
-    """Rows of one use, which its layer multiplied in ``dtype``.
-
-    Without keys they are all of its rows, from ``start`` on.
-    """
-
-    task: int
-    start: int
-    count: int
-    dtype: torch.dtype
-    rows: Tensor
-    keys: Tensor | None
-
-    def keyed(self, seed: int) -> Tensor:
-        if self.keys is None:
-            self.keys = stream_keys(seed, self.start, self.count, self.rows.device)
-        return self.keys
-
-
-class _Pool:
-    """The inputs of one weight."""
-
-    def __init__(self, capture: Callable[[], Capture | None], weight: Tensor) -> None:
-        self.capture, self.weight = capture, weight
-        self.ref = weakref.ref(self)
-        self.group: dict[str, Any] | None = None  # the weight's, until it may have changed
-        self.capacity = 0
-        self.seed: int | None = None
-        self.total = 0  # committed
-        self.kept = 0  # rows of them
-        self.arrived = False
-        self.parts: list[_Part] = []
-        self.staged: list[_Part] = []
-
-    def clear(self, staged: bool = True) -> None:
-        """Forget what was committed; and what was staged, and by which choice."""
-        self.total, self.kept, self.arrived, self.parts = 0, 0, False, []
-        if staged:
-            self.staged, self.seed = [], None
-
-    def stage(self, use: _Use, x: Tensor) -> None:
-        """Take the rows of a use whose backward pass has begun."""
-        capture = self.capture()
-        if capture is None:
-            return
-        if self.arrived and self.weight.grad is None:
-            self.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
-        if self.seed is None:
-            owner, ranks = capture._owner(), capture.process_group
-            group = None if owner is None else self.group or owner._group_of(self.weight)
-            if owner is None or group is None:
-                return
-            self.capacity, numbers = owner._sample_plan(self.weight, group)
-            self.seed = stream_seed(*numbers, 0 if ranks is None else dist.get_rank(ranks))
-        task, start = _current_task(), self.total
-        if self.staged:
-            self.staged = [part for part in self.staged if part.task == task]
-            start += sum(part.count for part in self.staged)
-        count = use.count(x)
-        keys = index = None
-        if count > self.capacity:
-            stream = _stream(x.device) if x.is_cuda else None
-            index, keys = capture._chosen(self.seed, start, count, self.capacity, x.device, stream)
-        rows = use.rows(x, count, index)
-        self.staged.append(_Part(task, start, count, use.dtype, rows, keys))
-
-    def commit(self) -> None:
-        """The gradient of what this backward pass has staged has arrived."""
-        task = _current_task()
-        staged, self.staged = self.staged, []
-        for part in staged:
-            if part.task == task:
-                self.arrived = True
-                self.parts.append(part)
-                self.total += part.count
-                self.kept += part.rows.shape[0]
-        if self.kept > self.capacity:
-            with torch.no_grad():
-                rows, keys, _ = thinned(self.sample(keyed=True), self.capacity)
-            self.parts = [_Part(task, 0, self.total, rows.dtype, rows, keys)]
-            self.kept = rows.shape[0]
-
-    def sample(self, keyed: bool) -> Sample:
-        """All committed rows, as they were multiplied."""
-        _cast(self.parts)
-        return self.joined(keyed)
-
-    def joined(self, keyed: bool) -> Sample:
-        """All committed rows, which have been cast."""
-        assert self.seed is not None
-        rows = _joined([part.rows for part in self.parts])
-        keys = [part.keyed(self.seed) for part in self.parts] if keyed else []
-        return Sample(rows, _joined(keys) if keys else _NO_KEYS, self.total)
-
-
-def _cast(parts: list[_Part]) -> None:
-    """Bring rows to the dtypes in which they were multiplied: of many layers in few launches."""
-    kinds: dict[Any, list[_Part]] = {}
-    for part in parts:
-        if part.rows.dtype is not part.dtype:
-            kinds.setdefault((part.rows.device, part.rows.dtype, part.dtype), []).append(part)
-    for (_, _, dtype), members in kinds.items():
-        before = [part.rows for part in members]
-        for part in members:
-            part.rows = torch.empty_like(part.rows, dtype=dtype)
-        torch._foreach_copy_([part.rows for part in members], before)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """Concatenated, in the widest of their dtypes."""
-    if len(tensors) == 1:
-        return tensors[0]
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return torch.cat([tensor.to(dtype) for tensor in tensors])
-
-
 def _multiplied_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a layer multiplies this input: autocast's, where that is on."""
     dtype = x.dtype
@@ -543,14 +419,6 @@ def _multiplied_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and dtype is not torch.float64:
         return torch.get_autocast_dtype(kind)
     return dtype
-
-
-def _stream(device: torch.device) -> int:
-    """The stream that a CUDA device's work goes to, as a number."""
-    if _raw_stream is None:
-        return torch.cuda.current_stream(device).cuda_stream
-    stream: int = _raw_stream(device.index)
-    return stream
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

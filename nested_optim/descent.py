@@ -16,11 +16,12 @@ from torch import Tensor
 from . import rules
 from .inputs import Inputs
 from .nested import _buckets, _count
+from .pools import cast
 from .rules.dgd import forms_second_moment
 from .tensors import to_scalar
 
-#: Elements of the largest tensor of a batch of products; larger weights run alone, uncopied.
-_BATCH_ELEMENTS = 2**25
+#: Bytes of the largest tensor of a batch of products; larger weights run alone.
+_BATCH_BYTES = 2**27
 
 
 def _in_batches(param: Tensor) -> bool:
@@ -39,6 +40,7 @@ def _single_tensor_dgd(
     group: dict[str, Any],
 ) -> None:
     """The rule itself, tensor by tensor."""
+    cast(filter(None, taken))
     options = {
         "lr": to_scalar(group["lr"]),
         "weight_decay": group["weight_decay"],
@@ -70,12 +72,12 @@ def _multi_tensor_dgd(
     taken: list[Inputs | None],
     steps: list[Tensor],
     group: dict[str, Any],
-    kernel: Any = None,
+    kernels: Any = None,
 ) -> None:
-    """Plain descent on lists of tensors; the rest in batches, or where those gain nothing by one.
+    """Plain descent on lists of tensors; the rest in batches, or where these gain nothing, alone.
 
-    A weight that no input has reached (a batch was empty) descends plainly. ``kernel`` moves the
-    weights of a batch in one launch (:class:`.kernels.descend.Descend`).
+    A weight that no input has reached (a batch was empty) descends plainly. ``kernels`` take the
+    batches that they serve (:class:`.descent_fused.FusedDescent`).
     """
     plain: list[int] = []
     batched: list[int] = []
@@ -93,7 +95,11 @@ def _multi_tensor_dgd(
     if batched:
         chosen, theirs, inputs, counters = _at(batched, params, grads, taken, steps)
         _count(counters)
-        _batched_dgd(chosen, theirs, inputs, group, kernel)
+        if kernels is not None:
+            left = kernels(chosen, theirs, inputs, group)
+            chosen, theirs, inputs = _at(left, chosen, theirs, inputs)
+        cast(inputs)
+        _batched_dgd(chosen, theirs, inputs, group)
     if not plain:
         return
     lr, weight_decay = to_scalar(group["lr"]), group["weight_decay"]
@@ -119,7 +125,6 @@ def _batched_dgd(
     grads: list[Tensor],
     taken: list[Inputs],
     group: dict[str, Any],
-    kernel: Any,
 ) -> None:
     """``rules.dgd`` with ``batch="mean"``, in place: ``p <- p - e (g + wd p) - e decay p S``."""
     weight_decay = to_scalar(group["weight_decay"])
@@ -127,9 +132,6 @@ def _batched_dgd(
     sign = -1.0 if group["maximize"] else 1.0
     for members, sizes, stack in _batches_of_terms(params, taken, group):
         chosen, theirs = _at(members, params, grads)
-        if kernel is not None and kernel.serves(chosen, theirs, stack, sizes, weight_decay):
-            kernel(chosen, theirs, stack, sizes, weight_decay, sign)
-            continue
         terms = stack.unbind(0)
         each, shrinks = sizes.unbind(0), (sizes * weight_decay).unbind(0) if decays else ()
         if chosen[0].dtype == sizes.dtype:
@@ -195,16 +197,12 @@ def _batches_of_terms(
         done = 0
         for members in batches.values():
             weight, rows = weights[members[0]], taken[members[0]].rows
-            count, features = rows.shape
-            outputs = weight.numel() // max(1, features)
-            forms = forms_second_moment(count, outputs, features)
-            between = features * features if forms else outputs * count
-            most = max(1, _BATCH_ELEMENTS // max(1, weight.numel(), rows.numel(), between))
+            most = weights_per_batch(weight, rows, _product_dtype(rows, sizes))
             for start in range(0, len(members), most):
                 chunk = members[start : start + most]
                 of_chunk = slice(done, done := done + len(chunk))
                 chosen, inputs = _at(chunk, weights, taken)
-                yield chunk, sizes[of_chunk], _terms(chosen, inputs, factors[of_chunk], forms)
+                yield chunk, sizes[of_chunk], _terms(chosen, inputs, factors[of_chunk])
 
 
 def _kind(number: Any) -> Any:
@@ -227,29 +225,56 @@ def _step_sizes(
     return sizes, sizes * strength
 
 
-def _terms(weights: list[Tensor], taken: list[Inputs], factors: Tensor, forms: bool) -> Tensor:
+def _terms(weights: list[Tensor], taken: list[Inputs], factors: Tensor) -> Tensor:
     """``e decay W S`` of weights of one shape, stacked, in the dtype of its products."""
-    one, transposed = weights[0], taken[0].layout.transposed
-    dtype = taken[0].rows.dtype
-    dtype = dtype if dtype is torch.bfloat16 else factors.dtype
-    factors = factors.view(-1, 1, 1)
+    one = weights[0]
     rows = _stacked([x.rows for x in taken])
+    dtype = _product_dtype(rows, factors)
     rows = rows if rows.dtype is dtype else rows.to(dtype)
     if len(weights) == 1:
         stack = (one if one.dtype is dtype else one.to(dtype)).unsqueeze(0)
     else:
         stack = torch.empty((len(weights), *one.shape), dtype=dtype, device=one.device)
         torch._foreach_copy_(list(stack.unbind(0)), weights)
+    return products(stack, rows, taken[0].layout.transposed, factors.view(-1, 1, 1))
+
+
+def products(
+    weights: Tensor, rows: Tensor, transposed: bool, factors: Tensor | None = None
+) -> Tensor:
+    """``W X^T X`` of stacked weights, in their shape, times factors ``(weights, 1, 1)``."""
     # Transposed ones stay so: no product turns them over.
-    matrices = stack.flatten(2) if stack.dim() > 3 else stack
-    if forms:
-        second = torch.bmm(rows.mT, rows).mul_(factors)
+    matrices = weights.flatten(2) if weights.dim() > 3 else weights
+    if _forms(weights[0], rows[0]):
+        second = _times(torch.bmm(rows.mT, rows), factors)
         terms = torch.bmm(second, matrices) if transposed else torch.bmm(matrices, second)
     elif transposed:
-        terms = torch.bmm(rows.mT, torch.bmm(rows, matrices).mul_(factors))
+        terms = torch.bmm(rows.mT, _times(torch.bmm(rows, matrices), factors))
     else:
-        terms = torch.bmm(torch.bmm(matrices, rows.mT).mul_(factors), rows)
-    return terms.view(stack.shape) if stack.dim() > 3 else terms
+        terms = torch.bmm(_times(torch.bmm(matrices, rows.mT), factors), rows)
+    return terms.view(weights.shape) if weights.dim() > 3 else terms
+
+
+def weights_per_batch(weight: Tensor, rows: Tensor, product: torch.dtype) -> int:
+    """How many weights like this one a batch of products holds."""
+    count, features = rows.shape
+    between = features**2 if _forms(weight, rows) else weight.numel() // max(1, features) * count
+    largest = max(1, weight.numel(), rows.numel(), between)
+    return max(1, _BATCH_BYTES // (product.itemsize * largest))
+
+
+def _forms(weight: Tensor, rows: Tensor) -> bool:
+    count, features = rows.shape
+    return forms_second_moment(count, weight.numel() // max(1, features), features)
+
+
+def _product_dtype(rows: Tensor, sizes: Tensor) -> torch.dtype:
+    """bfloat16 rows are multiplied as the layer multiplied them, others as step sizes are."""
+    return rows.dtype if rows.dtype is torch.bfloat16 else sizes.dtype
+
+
+def _times(product: Tensor, factors: Tensor | None) -> Tensor:
+    return product if factors is None else product.mul_(factors)
 
 
 def _together(numbers: list[Any]) -> Any:

@@ -22,8 +22,10 @@ from .memory_argument import MemoryT
 from .names import find_parameters
 from .nested import NestedOptimizer, _is_narrow
 from .optimizer import LevelOptimizer, ParamsT
+from .pools import cast
 from .tensors import is_dtensor
 
+_PLAIN = {nn.Parameter}
 _NO_STATE: dict[str, Any] = {}
 
 
@@ -112,7 +114,7 @@ class DGD(NestedOptimizer):
         self._capture = None
         self._owners: dict[Tensor, dict[str, Any]] = {}
         self._owned: list[int] = []  # what the owners were made of; they keep it alive
-        self._direct: dict[Tensor, Inputs] = {}  # of this step's gradients
+        self._direct: dict[int, Inputs] = {}  # of this step's gradients, by their parameters' id()
         self._used: list[Inputs | None] = []  # by the update in progress
 
     # ------------------------------------------------------------------ options
@@ -252,17 +254,17 @@ class DGD(NestedOptimizer):
     def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
         return self._owners.get(weight)
 
-    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, tuple[int, ...]]:
+    def _sample_plan(self, weight: Tensor, group: Any) -> tuple[int, int, int]:
         # What seeds the choice is state, so a run that was resumed makes the same choices.
         state = self.state.get(weight, _NO_STATE)
+        step = state["step"].item() if "step" in state else 0
         # Without a window its count is 0, and one read less at every layer.
         waiting = int(state["window_count"]) if "window_sum" in state else 0
         windowed = group["frequency"] > 1 or waiting > 0
-        numbers = int(state.get("step", 0)), waiting
         size = group["window_samples" if windowed else "max_tokens"]
         if type(size) is not int or size < 1:  # edited, and no step has refused it yet
             dgd_options.check_sizes(group, f"{self._label_of(group, weight)}: ")
-        return size, numbers
+        return size, int(step), waiting
 
     def _is_windowed(self, param: Tensor, group: dict[str, Any]) -> bool:
         return group["frequency"] > 1 or self._pending(param)
@@ -317,14 +319,15 @@ class DGD(NestedOptimizer):
             )
         if capture is None:
             return
-        for p in params:
-            if p not in capture.members or (type(p) is not nn.Parameter and is_dtensor(p)):
-                self._check_servable(p, self._label_of(group, p), RuntimeError)
+        if not capture.member_ids.issuperset(map(id, params)) or set(map(type, params)) != _PLAIN:
+            for p in params:
+                if p not in capture.members or is_dtensor(p):
+                    self._check_servable(p, self._label_of(group, p), RuntimeError)
         # A layer's inputs may all have been another rank's.
         if capture.ranks() > 1 and capture.any_arrived():
             return
-        for p in filter(capture.layouts.__contains__, params):
-            if not capture.arrived(p):
+        for p in params:
+            if id(p) in capture.layout_of and not capture.arrived(p):
                 raise RuntimeError(
                     f"no input was captured for {self._label_of(group, p)}, although it has a "
                     "gradient. Was its layer in eval mode, its weight used without calling the "
@@ -356,20 +359,19 @@ class DGD(NestedOptimizer):
         capture = self._capture
         if capture is None or group["decay"] == 0:
             return
-        chosen: dict[bool, list[Tensor]] = {False: [], True: []}
         always = group["frequency"] > 1
-        for p in filter(capture.layouts.__contains__, params):
-            chosen[always or self._pending(p)].append(p)
-        for windowed, ours in chosen.items():
-            if not ours:
-                continue
-            dtypes = [self._state_dtype(p, group) for p in ours] if capture.ranks() > 1 else []
-            size = group["window_samples" if windowed else "max_tokens"]
-            for p, sample in zip(ours, inputs.take(capture, ours, dtypes, size, windowed)):
-                if windowed:
-                    inputs.add_to_window(self._begin(p, group), sample)
-                else:
-                    self._direct[p] = inputs.for_update(capture, p, group, sample)
+        direct: list[Tensor] = []
+        windowed: list[Tensor] = []
+        for p in params:
+            if id(p) in capture.layout_of:
+                (windowed if always or self._pending(p) else direct).append(p)
+        if direct:
+            self._direct.update(inputs.of_one_gradient(capture, direct, group, self._state_dtype))
+        if windowed:
+            dtypes = [self._state_dtype(p, group) for p in windowed]
+            taken = inputs.take(capture, windowed, dtypes, group["window_samples"], True)
+            for p, sample in zip(windowed, taken):
+                inputs.add_to_window(self._begin(p, group), sample)
 
     def _inputs_of_window(self, param: Tensor, group: dict[str, Any]) -> Inputs | None:
         window = inputs.read_window(self.state[param])
@@ -379,12 +381,13 @@ class DGD(NestedOptimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = list(map(self.state.__getitem__, params))
-        given = [self._direct.pop(p, None) for p in params]
+        given = [self._direct.pop(id(p), None) for p in params]
         windowed = [i for i, state in enumerate(states) if "samples" in state]
         for i in windowed:
             if given[i] is None:
                 given[i] = self._inputs_of_window(params[i], group)
         if group["base"] == "adamw":
+            cast(filter(None, given))
             self._used = given
             try:
                 super()._update(group, params, grads)
@@ -438,7 +441,7 @@ class DGD(NestedOptimizer):
         steps = [state["step"] for state in states]
         grads = [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, work)]
         if self._uses_foreach(group, work):
-            _multi_tensor_dgd(work, grads, given, steps, group, self._kernel_of(group, work))
+            _multi_tensor_dgd(work, grads, given, steps, group, self._kernels_of(group, work))
         else:
             _single_tensor_dgd(work, grads, given, steps, group)
         for p, new, comp in zip(params, work, comps):
@@ -447,17 +450,17 @@ class DGD(NestedOptimizer):
             if new is not p:
                 p.copy_(new)
 
-    _descending: Any = None
+    _descent: Any = None
 
-    def _kernel_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
-        """What moves the weights of a batch in one launch; None where torch's operations do."""
+    def _kernels_of(self, group: dict[str, Any], params: list[Tensor]) -> Any:
+        """What moves batches of weights in a few launches; None where torch's operations do."""
         if group["foreach"] is not None or not params or not kernels.available(params[0].device):
             return None
-        if self._descending is None:
-            from .kernels.descend import Descend  # Triton is there
+        if self._descent is None:
+            from .descent_fused import FusedDescent  # Triton is there
 
-            self._descending = Descend()
-        return self._descending
+            self._descent = FusedDescent()
+        return self._descent
 
     # ------------------------------------------------------------------ checkpoints and copies
 

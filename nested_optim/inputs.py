@@ -8,6 +8,7 @@ the same everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Inputs:
     rows: Tensor
     count: float | Tensor
     scale: float | Tensor
+    #: In which the layer multiplied the rows, where they still have another dtype.
+    dtype: torch.dtype | None = None
 
 
 def take(
@@ -37,16 +40,43 @@ def take(
     """
     ranks = capture.ranks()
     samples = capture.take(params, keyed or ranks > 1)
-    if ranks == 1 or not params:
+    if ranks == 1:
         return samples
     typed = [s._replace(rows=s.rows.to(dtype)) for s, dtype in zip(samples, dtypes)]
     return across_ranks(typed, size, capture.process_group)
 
 
+def of_one_gradient(
+    capture: Capture,
+    params: list[Tensor],
+    group: dict[str, Any],
+    dtype_of: Callable[[Tensor, dict[str, Any]], torch.dtype],
+) -> Iterator[tuple[int, Inputs]]:
+    """What updates by one gradient take of the captured inputs, by the parameters' ``id()``.
+
+    ``dtype_of`` gives the dtype of a parameter's state.
+    """
+    if capture.ranks() == 1:
+        for p, (sample, dtype) in zip(params, capture.take_uncast(params)):
+            yield id(p), for_update(capture, p, group, sample, dtype=dtype)
+        return
+    dtypes = [dtype_of(p, group) for p in params]
+    for p, sample in zip(params, take(capture, params, dtypes, group["max_tokens"], False)):
+        yield id(p), for_update(capture, p, group, sample)
+
+
 def for_update(
-    capture: Capture, param: Tensor, group: dict[str, Any], sample: Sample, steps: Any = 1
+    capture: Capture,
+    param: Tensor,
+    group: dict[str, Any],
+    sample: Sample,
+    steps: Any = 1,
+    dtype: torch.dtype | None = None,
 ) -> Inputs:
-    """What an update takes, from a sample of the inputs that came with ``steps`` gradients."""
+    """What an update takes, from a sample of the inputs that came with ``steps`` gradients.
+
+    ``dtype``: in which the layer multiplied the rows, if it may not be theirs.
+    """
     total: Any = sample.total
     count: Any = sample.rows.shape[0]
     if isinstance(total, Tensor):  # and there may be places without a row
@@ -61,7 +91,7 @@ def for_update(
             scale = scale / steps
     elif group["window"] == "sum":
         scale = steps
-    return Inputs(capture.layouts[param], sample.rows, count, scale)
+    return Inputs(capture.layout_of[id(param)], sample.rows, count, scale, dtype)
 
 
 def open_window(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nested_optim import DGD, descent, rules
-from nested_optim.capture import Capture, Layout
+from nested_optim import DGD, descent, pools, rules
+from nested_optim.capture import Layout
 from nested_optim.inputs import Inputs
 
 from .helpers import assert_same_tensors
@@ -98,7 +98,7 @@ def test_batches_are_the_rule_to_rounding(transposed, rows, tensors, options, ba
 
 @pytest.mark.parametrize("elements, sizes", [(1, [1] * 8), (50, [2, 1, 2, 1, 1, 1])])
 def test_batches_are_bounded(elements, sizes, batches, monkeypatch):
-    monkeypatch.setattr(descent, "_BATCH_ELEMENTS", elements)
+    monkeypatch.setattr(descent, "_BATCH_BYTES", 8 * elements)
     got, want = both(*make(False, 2), options_of())
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert sorted(batches) == sorted(sizes)
@@ -208,13 +208,13 @@ def test_training_in_batches_is_training_one_by_one(options, batches, monkeypatc
 def test_layers_that_see_as_many_inputs_share_one_choice(monkeypatch):
     """49 layers of a decoder would else hash, select and sort the same places 49 times."""
     chosen = []
-    choose = Capture._chosen
+    choose = pools.chosen
 
-    def noted(self, *args):
-        chosen.append(choose(self, *args))
+    def noted(*args):
+        chosen.append(choose(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(Capture, "_chosen", noted)
+    monkeypatch.setattr(pools, "chosen", noted)
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     optimizer = DGD(model, 0.01, max_tokens=3)
     for _ in range(2):

@@ -126,17 +126,29 @@ def test_the_exchange_compiles_to_accesses_of_16_bytes(dtypes, gated, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("param, grad", [(F32, F32), (BF16, BF16)])
-def test_dgds_descent_compiles_to_accesses_of_16_bytes(param, grad, monkeypatch):
+@pytest.mark.parametrize("param, row", [(F32, F32), (F32, BF16), (BF16, BF16)])
+def test_dgds_launches_compile_to_accesses_of_16_bytes(param, row, monkeypatch):
     module = without_interpreter("nested_optim.kernels.descend", monkeypatch)
+    shared = {"PARAM": module.DTYPES[param], "ALIGNED": True, "EVEN": True, "CHUNK": module.CHUNK}
     kinds = {"addresses": "*i64", "terms": "*bf16", "sizes": "*fp32", "numel": "i32"}
     kinds |= {"weight_decay": "fp32", "sign": "fp32"}
-    constants = {"PARAM": module.DTYPES[param], "GRAD": module.DTYPES[grad]}
-    constants |= {"ALIGNED": True, "EVEN": True, "CHUNK": module.CHUNK}
-    lines = lines_of_ptx(module.descend_kernel, kinds, constants, module.NUM_WARPS)
-    for access, least in (("ld.global", 2), ("st.global", 1)):  # terms: by what a launch knows
-        wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
-        assert len(wide) >= least
+    constants = {**shared, "GRAD": module.DTYPES[param]}
+    descend = lines_of_ptx(module.descend_kernel, kinds, constants, module.NUM_WARPS)
+    kinds = {"addresses": "*i64", "weights": "*bf16", "rows": "*bf16", "sums": "*fp32"}
+    kinds |= dict.fromkeys(("weight_numel", "row_numel", "weight_spans"), "i32")
+    constants = {**shared, "ROW": module.DTYPES[row], "SEEN": module.DTYPES[BF16]}
+    constants |= {"COPY_ROWS": True, "CHUNKS": module.CHUNKS}
+    prepare = lines_of_ptx(module.prepare_kernel, kinds, constants, module.NUM_WARPS)
+    # What is stacked: by what a launch knows.
+    for lines, least in ((descend, (2, 1)), (prepare, (2, 0))):
+        for access, number in zip(("ld.global", "st.global"), least):
+            wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
+            assert len(wide) >= number
+    kinds = dict.fromkeys(("sums", "sizes", "counts", "scales"), "*fp32") | {"per_weight": "i32"}
+    kinds |= dict.fromkeys(("lr", "decay", "count", "scale"), "fp32")
+    for on_device in (False, True):
+        constants = {"COUNTED": on_device, "SCALED": on_device, "SUMS": module.SUMS}
+        assert lines_of_ptx(module.size_kernel, kinds, constants, module.NUM_WARPS)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
