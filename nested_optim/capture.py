@@ -236,9 +236,11 @@ class _ForwardHook:
         self.pool: Callable[[], Pool | None] = _nobody
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not module.training or not torch.is_grad_enabled():
+            return
         if is_compiling():
             _untraced(self._see, module, args, kwargs, output)
-        elif module.training and torch.is_grad_enabled():
+        else:
             self._see(module, args, kwargs, output)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
