@@ -259,6 +259,11 @@ class _ForwardHook:
                 return
         if pool.group["decay"] == 0 or not weight.requires_grad:  # type: ignore[index]
             return
+        if x.is_nested:
+            raise RuntimeError(
+                f"a layer's input is a nested tensor ({x.layout}), whose rows DGD cannot sample: "
+                "give the layer a padded or packed tensor, or its weight decay=0"
+            )
         if not pool.conv:
             shape = x.shape
             if not shape or (shape[-1] != pool.features and shape[-1] != pool.measure()):
