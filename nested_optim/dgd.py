@@ -359,12 +359,11 @@ class DGD(NestedOptimizer):
         capture = self._capture
         if capture is None or group["decay"] == 0:
             return
-        always = group["frequency"] > 1
         direct: list[Tensor] = []
         windowed: list[Tensor] = []
         for p in params:
             if id(p) in capture.layout_of:
-                (windowed if always or self._pending(p) else direct).append(p)
+                (windowed if self._is_windowed(p, group) else direct).append(p)
         if direct:
             self._direct.update(inputs.of_one_gradient(capture, direct, group, self._state_dtype))
         if windowed:
@@ -530,13 +529,24 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
     after this optimizer is made works, and splits its graph at each layer watched; one that had
     compiled the layers before is noticed at the step, by the inputs that are missing.
 
+    **What is not seen.** Only a layer's call shows its input: of ``F.linear(x, layer.weight)``
+    beside ``layer(x)`` the gradient is used and the input is not, and a subclass of a layer that
+    multiplies something else than its argument (a scaled ``x``) is taken at its argument. Nested
+    tensors are refused. Between a forward pass under non-reentrant checkpointing and its backward
+    pass the hooks must stay: after ``model.eval()``, ``decay=0``, :meth:`remove_hooks` or the
+    optimizer's end in between, the recomputation saves less than the pass did, for which torch
+    raises a ``CheckpointError``.
+
     **Cost.** At most two products of ``(outputs, inputs, n)`` for n inputs, beside three of the
     whole batch in the layer's own forward and backward pass; fewer where forming :math:`S` is less
-    work, ``batch="exact"`` solves a linear system besides. Between backward pass and step up to
-    ``max_tokens`` inputs of each layer are kept, in their own dtype or the one that the layer
-    multiplied (autocast's, where that is on), which the step takes (on several ranks and in windows
-    the parameter's, or ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on
-    average, and noisy.
+    work (it is formed there, and has at most twice as many elements as :math:`W`).
+    ``batch="exact"`` solves a linear system besides. From forward to backward pass a layer's input
+    is kept as autograd keeps it, which takes no memory of its own; but under autocast the layer
+    keeps a cast copy, and the input itself (4 bytes per float32 number) waits beside it. Between
+    backward pass and step up to ``max_tokens`` inputs of each layer are kept (within the backward
+    pass twice as many), in their own dtype or the one that the layer multiplied (autocast's, where
+    that is on), which the step takes (on several ranks and in windows the parameter's, or
+    ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on average, and noisy.
 
     Args:
         params (nn.Module or iterable): the model, all of whose parameters are trained; or
@@ -556,6 +566,7 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
             x^\top`; ``"sum"`` its sum, as a loss that is a sum asks for (default: ``"mean"``).
             Losses of micro-batches are divided by their number, as ever.
         betas, eps, amsgrad, decoupled: AdamW's, of ``base="adamw"``, as in ``NestedOptimizer``.
+            With ``base="sgd"`` amsgrad is refused and the others mean nothing.
         weight_decay (float): as in the base rule: an L2 penalty, or AdamW's (default: 0).
         frequency (int), window (str): as in ``NestedOptimizer``. A window keeps a uniform sample of
             its inputs in ``state``; with ``"sum"``, :math:`S` adds up as the gradients do.
@@ -566,7 +577,9 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
             (default: those of the ``DistributedDataParallel`` that the model is found in).
         state_dtype, kahan_sum: as in ``NestedOptimizer``.
         {_maximize_doc} The decay stays a decay.
-        {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits.
+        {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits. On
+            CUDA it takes weights of one shape in batches; the default there, with Triton, is
+            kernels around the products of these.
         {_differentiable_doc} Needs ``decay=0``.
         capturable, fused: refused if True: shapes in a CUDA graph are fixed, and there is no fused
             kernel.

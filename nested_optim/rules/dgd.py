@@ -57,7 +57,8 @@ def dgd(
         W_+ = \arg\min_W \langle W, G \rangle + \tfrac{\lambda}{2} \operatorname{tr}(W S W^\top)
             + \tfrac{1}{2\eta} \|W - W_t\|^2
 
-    whose solution is ``batch="exact"``; ``batch="mean"`` needs no linear system:
+    whose solution is ``batch="exact"``; ``batch="mean"`` needs no linear system, and forms no S
+    but where that is less work (:func:`times_second_moment`):
 
     .. math::
         \text{exact:}\quad & W_+ = (W_t - \eta G)\,(I + \eta\lambda S)^{-1} \\
