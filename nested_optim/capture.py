@@ -2,18 +2,20 @@
 
 A :class:`Capture` belongs to one optimizer. It puts a forward hook on each layer whose weight the
 optimizer wants inputs for. The hook saves the layer's input the way autograd saves tensors (so
-activation checkpointing and offloading treat it as they treat the layer's own) and watches the
+activation checkpointing and offloading treat it as they treat the layer's own; it is the same
+tensor, except under autocast, where the layer keeps a cast of it) and watches the
 layer's node in the graph. When the backward pass comes by there, rows of the input are *staged*;
-when the gradient reaches the weight's ``grad``, they are *committed*. So what is committed belongs
-to what ``grad`` holds: a forward pass that is only recomputed counts once, and a gradient that goes
-elsewhere (``torch.autograd.grad``) not at all.
+when the gradient reaches the weight's ``grad``, they are *committed*; what is left when the pass
+ends is dropped. So what is committed belongs to what ``grad`` holds: a forward pass that is only
+recomputed counts once, and a gradient that goes elsewhere (``torch.autograd.grad``) not at all. A
+pass may run within another (checkpointing that is reentrant): each has its own.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,6 +106,7 @@ class Capture:
         self._pools: dict[Tensor, Pool] = {}
         self._pool_at: dict[int, Pool] = {}  # the same by identity
         self._choices: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._tasks: set[int] = set()  # backward passes at whose ends this will be told
         self._modules: dict[nn.Module, _ForwardHook] = {}
         self._handles: list[RemovableHandle] = []
         # A tensor that needs a gradient, or autograd would save nothing.
@@ -145,14 +148,22 @@ class Capture:
         self._pools.clear()
         self._pool_at.clear()
         self._choices.clear()
+        self._tasks.clear()
 
-    def clear(self, weights: Iterable[Tensor] | None = None) -> None:
-        """Forget the inputs of these weights, or of all."""
-        if weights is None:
-            self._choices.clear()
-        for pool in self._pools.values() if weights is None else map(self._pools.get, weights):
-            if pool is not None and pool.seed is not None:  # else it is empty
+    def clear(self) -> None:
+        """Forget all inputs."""
+        self._choices.clear()
+        self._tasks.clear()
+        for pool in self._pools.values():
+            if pool.seed is not None:  # else it is empty
                 pool.clear()
+
+    def end_pass(self, task: int) -> None:
+        """A backward pass has ended: forget what it staged for gradients that went elsewhere."""
+        self._tasks.discard(task)
+        for pool in self._pools.values():
+            if pool.staged:
+                pool.forget(task)
 
     def arrived(self, weight: Tensor) -> bool:
         """Whether a layer of this weight has sent inputs (none at all, if its batch was empty)."""
@@ -236,9 +247,11 @@ class _ForwardHook:
         self.pool: Callable[[], Pool | None] = _nobody
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not module.training or not torch.is_grad_enabled():
+            return
         if is_compiling():
             _untraced(self._see, module, args, kwargs, output)
-        elif module.training and torch.is_grad_enabled():
+        else:
             self._see(module, args, kwargs, output)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -257,6 +270,11 @@ class _ForwardHook:
                 return
         if pool.group["decay"] == 0 or not weight.requires_grad:  # type: ignore[index]
             return
+        if x.is_nested:
+            raise RuntimeError(
+                f"a layer's input is a nested tensor ({x.layout}), whose rows DGD cannot sample: "
+                "give the layer a padded or packed tensor, or its weight decay=0"
+            )
         if not pool.conv:
             shape = x.shape
             if not shape or (shape[-1] != pool.features and shape[-1] != pool.measure()):

@@ -20,6 +20,7 @@ from . import momentum_memory, rules
 from .fused import FusedSteps
 from .momentum import MomentumOptimizer, foreach_decay, foreach_descend, foreach_scale, in_place
 from .optimizer import ParamsT
+from .step_hooks import outside_autocast
 from .tensors import is_dtensor
 
 #: Options of the MLP memory, of which there is one for all groups, and their defaults.
@@ -44,7 +45,7 @@ class DeepMomentum(MomentumOptimizer):
         momentum: float = 0.9,
         *,
         memory: str = "mlp",
-        objective: str = "l2",
+        objective: str | None = None,
         memory_lr: float = 1e-3,
         hidden: int = 16,
         memory_decays: tuple[float, float] = (0.0, 0.99),
@@ -102,6 +103,9 @@ class DeepMomentum(MomentumOptimizer):
         memory, objective = options["memory"], options["objective"]
         if memory not in ("linear", "mlp"):
             raise ValueError(f"{where}Invalid memory: {memory!r}. Choose one of linear, mlp")
+        if objective is None:
+            objective = "l2" if memory == "mlp" else "dot"
+        canonical["objective"] = objective
         if objective not in rules.OBJECTIVES:
             raise ValueError(f"{where}Invalid objective: {objective!r}. Choose one of l2, dot")
         if memory == "linear":
@@ -228,6 +232,7 @@ class DeepMomentum(MomentumOptimizer):
             return self._step_uncompiled(closure)
         return super()._step_while_compiling(closure)
 
+    @outside_autocast
     @_use_grad_for_differentiable
     def flush(self) -> int:
         self._samples = []
@@ -354,7 +359,7 @@ DeepMomentum.__doc__ = rf"""SGD whose momentum is a memory, trained on the gradi
     What f adds to a tensor's update is cut to ``trust`` times the norm of b. At 1 the update never
     points against plain momentum, however wrong the memory is.
 
-    ``memory="linear"`` with ``"dot"`` is the paper's reading of plain momentum (Eq. 33), and is
+    ``memory="linear"``, with ``"dot"``, is the paper's reading of plain momentum (Eq. 33), and is
     ``torch.optim.SGD`` with momentum, bit for bit; with ``"l2"`` it would be
     :class:`DeltaMomentum`, and is refused.
 
@@ -373,7 +378,8 @@ DeepMomentum.__doc__ = rf"""SGD whose momentum is a memory, trained on the gradi
             ``foreach`` off or ``capturable=True``.
         momentum (float): decay rate :math:`\alpha` of b, in [0, 1) (default: 0.9).
         memory (str): ``"mlp"`` or ``"linear"`` (default: ``"mlp"``).
-        objective (str): ``"l2"`` or ``"dot"``, see above (default: ``"l2"``).
+        objective (str): ``"l2"`` or ``"dot"``, see above; None is ``"l2"`` for an MLP and ``"dot"``
+            for a linear memory (default: None).
         memory_lr (float): learning rate of the memory's own Adam (default: 1e-3).
         hidden (int): hidden units of f; it has 4 * hidden weights (default: 16).
         memory_decays (tuple): decays of the fast and the slow average; 0 is the last gradient

@@ -23,6 +23,7 @@ from .meta.report import Report, as_loss
 from .meta.simple import Due
 from .nested import NestedOptimizer
 from .optimizer import LevelOptimizer, ParamsT
+from .step_hooks import outside_autocast
 from .tensors import is_dtensor
 
 
@@ -448,6 +449,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             return self._step_uncompiled(closure)
         return super()._step_while_compiling(closure)
 
+    @outside_autocast
     @_use_grad_for_differentiable
     def flush(self) -> int:
         self._due, self._counted = [], False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from . import inputs, kernels, rules
+from . import dgd_options, inputs, kernels, rules
 from .capture import Capture
 from .descent import _multi_tensor_dgd, _single_tensor_dgd, subtracted_terms
 from .fused import Work
@@ -29,7 +27,6 @@ from .tensors import is_dtensor
 
 _PLAIN = {nn.Parameter}
 _NO_STATE: dict[str, Any] = {}
-_CHOICES = {"batch": ("mean", "exact"), "base": ("sgd", "adamw"), "reduction": ("mean", "sum")}
 
 
 class DGD(NestedOptimizer):
@@ -124,51 +121,12 @@ class DGD(NestedOptimizer):
 
     def _check_options(self, options: dict[str, Any], where: str) -> dict[str, Any]:
         canonical = super()._check_options(options, where)
-        self._check_rule(options, where)
-        if options["capturable"]:
-            raise RuntimeError(
-                f"{where}`capturable` is not supported: how many inputs a step sees varies, and "
-                "all shapes in a CUDA graph are fixed"
-            )
-        if options["fused"]:
-            raise RuntimeError(
-                f"{where}`fused` is not supported: there is no fused kernel of this rule. Leave it "
-                "at None"
-            )
-        for key in ("max_tokens", "window_samples"):
-            value = options[key]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{where}Invalid {key}: {value!r}. It is a number of inputs, an integer >= 1"
-                )
+        dgd_options.check(options, where)
         return canonical
 
     def _check_edits(self, group: dict[str, Any], where: str) -> None:
         super()._check_edits(group, where)
-        self._check_rule(group, where)
-
-    def _check_rule(self, options: dict[str, Any], where: str) -> None:
-        decay = options["decay"]
-        real = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
-        if not real or not 0.0 <= decay < math.inf:
-            raise ValueError(f"{where}Invalid decay: {decay!r}. It is a number >= 0")
-        for key, choices in _CHOICES.items():
-            if options[key] not in choices:
-                raise ValueError(
-                    f"{where}Invalid {key}: {options[key]!r}. Choose one of {', '.join(choices)}"
-                )
-        if options["base"] == "adamw" and options["batch"] == "exact":
-            raise ValueError(
-                f"{where}batch='exact' needs base='sgd': with AdamW's step there is no problem of "
-                "which the update is the solution"
-            )
-        if options["base"] == "sgd" and options["amsgrad"]:
-            raise ValueError(f"{where}`amsgrad` needs base='adamw': base='sgd' keeps no moments")
-        if options["differentiable"] and decay:
-            raise RuntimeError(
-                f"{where}`differentiable` needs decay=0: captured inputs are constants to "
-                "autograd, so a gradient through the update would lack a part"
-            )
+        dgd_options.check(group, where)
 
     def _check_other_groups(self, group: dict[str, Any], where: str) -> None:
         super()._check_other_groups(group, where)
@@ -227,7 +185,11 @@ class DGD(NestedOptimizer):
                 "the checkpoint is torch.optim.SGD's with momentum, and DGD keeps none: load it "
                 "into an optimizer with momentum"
             )
-        for key in ("momentum", "dampening", "nesterov"):
+        dropped = ["momentum", "dampening", "nesterov"]
+        params = group["params"]
+        if isinstance(params, list) and params and isinstance(params[0], (int, str)):
+            dropped += ["fused", "capturable"]  # of a checkpoint: how its steps were made
+        for key in dropped:
             group.pop(key, None)
         return group
 
@@ -299,7 +261,10 @@ class DGD(NestedOptimizer):
         # Without a window its count is 0, and one read less at every layer.
         waiting = int(state["window_count"]) if "window_sum" in state else 0
         windowed = group["frequency"] > 1 or waiting > 0
-        return group["window_samples" if windowed else "max_tokens"], int(step), waiting
+        size = group["window_samples" if windowed else "max_tokens"]
+        if type(size) is not int or size < 1:  # edited, and no step has refused it yet
+            dgd_options.check_sizes(group, f"{self._label_of(group, weight)}: ")
+        return size, int(step), waiting
 
     def _is_windowed(self, param: Tensor, group: dict[str, Any]) -> bool:
         return group["frequency"] > 1 or self._pending(param)
@@ -394,12 +359,11 @@ class DGD(NestedOptimizer):
         capture = self._capture
         if capture is None or group["decay"] == 0:
             return
-        always = group["frequency"] > 1
         direct: list[Tensor] = []
         windowed: list[Tensor] = []
         for p in params:
             if id(p) in capture.layout_of:
-                (windowed if always or self._pending(p) else direct).append(p)
+                (windowed if self._is_windowed(p, group) else direct).append(p)
         if direct:
             self._direct.update(inputs.of_one_gradient(capture, direct, group, self._state_dtype))
         if windowed:
@@ -565,13 +529,24 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
     after this optimizer is made works, and splits its graph at each layer watched; one that had
     compiled the layers before is noticed at the step, by the inputs that are missing.
 
+    **What is not seen.** Only a layer's call shows its input: of ``F.linear(x, layer.weight)``
+    beside ``layer(x)`` the gradient is used and the input is not, and a subclass of a layer that
+    multiplies something else than its argument (a scaled ``x``) is taken at its argument. Nested
+    tensors are refused. Between a forward pass under non-reentrant checkpointing and its backward
+    pass the hooks must stay: after ``model.eval()``, ``decay=0``, :meth:`remove_hooks` or the
+    optimizer's end in between, the recomputation saves less than the pass did, for which torch
+    raises a ``CheckpointError``.
+
     **Cost.** At most two products of ``(outputs, inputs, n)`` for n inputs, beside three of the
     whole batch in the layer's own forward and backward pass; fewer where forming :math:`S` is less
-    work, ``batch="exact"`` solves a linear system besides. Between backward pass and step up to
-    ``max_tokens`` inputs of each layer are kept, in their own dtype or the one that the layer
-    multiplied (autocast's, where that is on), which the step takes (on several ranks and in windows
-    the parameter's, or ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on
-    average, and noisy.
+    work (it is formed there, and has at most twice as many elements as :math:`W`).
+    ``batch="exact"`` solves a linear system besides. From forward to backward pass a layer's input
+    is kept as autograd keeps it, which takes no memory of its own; but under autocast the layer
+    keeps a cast copy, and the input itself (4 bytes per float32 number) waits beside it. Between
+    backward pass and step up to ``max_tokens`` inputs of each layer are kept (within the backward
+    pass twice as many), in their own dtype or the one that the layer multiplied (autocast's, where
+    that is on), which the step takes (on several ranks and in windows the parameter's, or
+    ``state_dtype``). Of more, a uniform sample: its :math:`S` is right on average, and noisy.
 
     Args:
         params (nn.Module or iterable): the model, all of whose parameters are trained; or
@@ -591,6 +566,7 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
             x^\top`; ``"sum"`` its sum, as a loss that is a sum asks for (default: ``"mean"``).
             Losses of micro-batches are divided by their number, as ever.
         betas, eps, amsgrad, decoupled: AdamW's, of ``base="adamw"``, as in ``NestedOptimizer``.
+            With ``base="sgd"`` amsgrad is refused and the others mean nothing.
         weight_decay (float): as in the base rule: an L2 penalty, or AdamW's (default: 0).
         frequency (int), window (str): as in ``NestedOptimizer``. A window keeps a uniform sample of
             its inputs in ``state``; with ``"sum"``, :math:`S` adds up as the gradients do.
@@ -601,7 +577,9 @@ DGD.__doc__ = rf"""Delta Gradient Descent: descent that also unlearns layers' an
             (default: those of the ``DistributedDataParallel`` that the model is found in).
         state_dtype, kahan_sum: as in ``NestedOptimizer``.
         {_maximize_doc} The decay stays a decay.
-        {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits.
+        {_foreach_doc} Here foreach is also the default on CPU, where it gives the same bits. On
+            CUDA it takes weights of one shape in batches; the default there, with Triton, is
+            kernels around the products of these.
         {_differentiable_doc} Needs ``decay=0``.
         capturable, fused: refused if True: shapes in a CUDA graph are fixed, and there is no fused
             kernel.

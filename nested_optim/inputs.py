@@ -34,9 +34,10 @@ class Inputs:
 def take(
     capture: Capture, params: list[Tensor], dtypes: list[torch.dtype], size: int, keyed: bool
 ) -> list[Sample]:
-    """The captured inputs of these weights, at most ``size`` of each, over all ranks.
+    """The captured inputs of these weights, over all ranks.
 
-    Where there are several ranks, rows come in ``dtypes`` and fill exactly ``size`` places.
+    On one rank they are as many as were captured, at most what ``max_tokens`` or ``window_samples``
+    was at that time. Of several, rows come in ``dtypes`` and fill exactly ``size`` places.
     """
     ranks = capture.ranks()
     samples = capture.take(params, keyed or ranks > 1)

@@ -26,10 +26,7 @@ class MomentumOptimizer(LevelOptimizer):
     _moment_keys: tuple[str, ...] = ("momentum_buffer",)
 
     def _check_options(self, options: dict[str, Any], where: str) -> dict[str, Any]:
-        if options["fused"]:
-            raise RuntimeError(
-                f"{where}{type(self).__name__} has no fused kernel; leave `fused` at None"
-            )
+        self._check_fused(options, where)
         canonical = super()._check_options(options, where)
         if not 0.0 <= options["momentum"] <= 1.0:
             raise ValueError(f"{where}Invalid momentum value: {options['momentum']}")
@@ -42,14 +39,17 @@ class MomentumOptimizer(LevelOptimizer):
 
     def _check_edits(self, group: dict[str, Any], where: str) -> None:
         super()._check_edits(group, where)
-        if group["fused"]:
-            raise RuntimeError(
-                f"{where}{type(self).__name__} has no fused kernel; leave `fused` at None"
-            )
+        self._check_fused(group, where)
         if group["foreach"] and not group["capturable"] and isinstance(group["lr"], Tensor):
             raise RuntimeError(
                 f"{where}lr as a Tensor is not supported for capturable=False and foreach=True; "
                 "leave foreach at None"
+            )
+
+    def _check_fused(self, options: dict[str, Any], where: str) -> None:
+        if options["fused"]:
+            raise RuntimeError(
+                f"{where}{type(self).__name__} has no fused kernel; leave `fused` at None"
             )
 
     def _import_group(self, group: dict[str, Any]) -> dict[str, Any]:

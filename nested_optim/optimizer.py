@@ -29,7 +29,7 @@ from .fused import FusedSteps, Work, serves
 from .levels import check_frequency, check_window
 from .memory_argument import MemoryT, attach_memory
 from .memory_levels import MEMORY_OPTIONS
-from .step_hooks import export_groups, hooked_when_needed
+from .step_hooks import export_groups, hooked_when_needed, outside_autocast
 from .tensors import capturing, laid_out_like, resolve_dtype
 from .weight_memory import WeightMemory, memory_of
 
@@ -267,12 +267,13 @@ class LevelOptimizer(Optimizer, abc.ABC):
     # ------------------------------------------------------------------ step
 
     @hooked_when_needed
+    @outside_autocast
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Put the current gradients in their windows and update every parameter whose window
         closes.
 
         A parameter whose ``grad`` is None is passed over and keeps its phase. Gradients are read,
-        never written, and may be cleared after each step.
+        never written, and may be cleared after each step. Nothing but the closure sees autocast.
 
         Args:
             closure: re-evaluates the model and returns the loss (optional); called once, with
@@ -340,6 +341,7 @@ class LevelOptimizer(Optimizer, abc.ABC):
             self._run_meta_update_hooks()
         return loss
 
+    @outside_autocast
     @_use_grad_for_differentiable
     def flush(self) -> int:
         """Apply every partly filled window now, as if it were complete, and open new ones.

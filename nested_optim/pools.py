@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,6 +24,9 @@ _MAX_CHOICES = 64
 _NO_KEYS = torch.empty(0, dtype=torch.int64)
 
 _current_task: Callable[[], int] = torch._C._current_graph_task_id
+_when_task_ends: Callable[[Callable[[], None]], None] = (
+    torch.autograd.Variable._execution_engine.queue_callback
+)
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -63,7 +67,7 @@ class Pool:
 
     def __init__(self, capture: Capture, weight: Tensor) -> None:
         self.capture, self.weight = capture._self, weight
-        self.anchor, self.choices = capture._anchor, capture._choices
+        self.anchor, self.choices, self.tasks = capture._anchor, capture._choices, capture._tasks
         self.ref = weakref.ref(self)
         self.conv = weight.dim() > 2
         self.layout = capture.layouts[weight]
@@ -75,7 +79,10 @@ class Pool:
         self.kept = 0  # rows of them
         self.arrived = False
         self.parts: list[Part] = []
+        # Of all backward passes that are running: one may run within another.
         self.staged: list[Part] = []
+        self.coming = 0  # inputs that these stand for
+        self.waiting = 0  # rows of them
 
     def measure(self) -> int:
         """The length of inputs, which is another if a weight's ``data`` has been replaced."""
@@ -86,7 +93,7 @@ class Pool:
         """Forget what was committed; and what was staged, and by which choice."""
         self.total, self.kept, self.arrived, self.parts = 0, 0, False, []
         if staged:
-            self.staged, self.seed = [], None
+            self.staged, self.coming, self.waiting, self.seed = [], 0, 0, None
 
     def stage(self, use: Use, x: Tensor) -> None:
         """Take the rows of a use whose backward pass has begun."""
@@ -97,16 +104,35 @@ class Pool:
                 return
         elif self.arrived and self.weight.grad is None:
             self.clear(staged=False)  # the gradient that those inputs belonged to was thrown away
-        task, start, features = _current_task(), self.total, self.features
-        if self.staged:
-            self.staged = [part for part in self.staged if part.task == task]
-            start += sum(part.count for part in self.staged)
+        task, start, features = _current_task(), self.total + self.coming, self.features
+        if task not in self.tasks and task >= 0:
+            self.tasks.add(task)
+            _when_task_ends(partial(_end, self.capture, task))
         keys = index = None
-        count = use.count(x, features)
+        count = kept = use.count(x, features)
         if count > self.capacity:
-            index, keys = chosen(self.choices, seed, start, count, self.capacity, x)
+            kept = self.capacity
+            index, keys = chosen(self.choices, seed, start, count, kept, x)
         rows = use.rows(x, count, features, index)
         self.staged.append(Part(task, start, count, use.dtype, rows, keys))
+        self.coming += count
+        self.waiting += kept
+        if self.waiting > 2 * self.capacity:
+            self._thin(task)
+
+    def _thin(self, task: int) -> None:
+        """Of what this backward pass has staged keep what will be kept of it in the end."""
+        own = [part for part in self.staged if part.task == task]
+        if sum(part.rows.shape[0] for part in own) > self.capacity:
+            self.staged = [part for part in self.staged if part.task != task]
+            self.staged.append(self._merged(own))
+            self.waiting = sum(part.rows.shape[0] for part in self.staged)
+
+    def forget(self, task: int) -> None:
+        """Drop what this backward pass has staged and not committed."""
+        self.staged = [part for part in self.staged if part.task != task]
+        self.coming = sum(part.count for part in self.staged)
+        self.waiting = sum(part.rows.shape[0] for part in self.staged)
 
     def _open(self) -> int | None:
         """Learn how many rows to keep and by what choice, for the first input since a step."""
@@ -125,16 +151,29 @@ class Pool:
         task = _current_task()
         staged, self.staged = self.staged, []
         for part in staged:
-            if part.task == task:
-                self.arrived = True
-                self.parts.append(part)
-                self.total += part.count
-                self.kept += part.rows.shape[0]
+            if part.task != task:
+                self.staged.append(part)
+                continue
+            self.arrived = True
+            self.parts.append(part)
+            rows = part.rows.shape[0]
+            self.total += part.count
+            self.kept += rows
+            self.coming -= part.count
+            self.waiting -= rows
         if self.kept > self.capacity:
             with torch.no_grad():
-                rows, keys, _ = thinned(self.sample(keyed=True), self.capacity)
-            self.parts = [Part(task, 0, self.total, rows.dtype, rows, keys)]
-            self.kept = rows.shape[0]
+                self.parts = [self._merged(self.parts)]
+            self.kept = self.capacity
+
+    def _merged(self, parts: list[Part]) -> Part:
+        """A sample of at most ``capacity`` rows of all that these parts stand for."""
+        assert self.seed is not None
+        cast(parts)
+        rows = _joined([part.rows for part in parts])
+        keys = _joined([part.keyed(self.seed) for part in parts])
+        rows, keys, count = thinned(Sample(rows, keys, sum(p.count for p in parts)), self.capacity)
+        return Part(parts[0].task, 0, count, rows.dtype, rows, keys)
 
     def sample(self, keyed: bool) -> Sample:
         """All committed rows, as they were multiplied."""
@@ -147,6 +186,12 @@ class Pool:
         rows = _joined([part.rows for part in self.parts])
         keys = [part.keyed(self.seed) for part in self.parts] if keyed else []
         return Sample(rows, _joined(keys) if keys else _NO_KEYS, self.total)
+
+
+def _end(capture: Callable[[], Capture | None], task: int) -> None:
+    found = capture()
+    if found is not None:
+        found.end_pass(task)
 
 
 def chosen(

@@ -4,11 +4,45 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_Update = TypeVar("_Update", bound=Callable[..., Any])
+
+
+def outside_autocast(update: _Update) -> _Update:
+    """Let an update run with autocast off, which would round its products and fail at others.
+
+    A closure among its arguments runs as the caller would run it.
+    """
+
+    @functools.wraps(update)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return update(self, *args, **kwargs)
+        kinds = filter(torch.is_autocast_enabled, torch._C._autocast_supported_devices())
+        callers = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
+
+        def as_called(closure: Callable[[], Any]) -> Any:
+            with ExitStack() as stack:
+                for kind, dtype in callers:
+                    stack.enter_context(torch.autocast(kind, dtype))
+                return closure()
+
+        def within(argument: Any) -> Any:
+            return functools.partial(as_called, argument) if callable(argument) else argument
+
+        with ExitStack() as stack:
+            for kind, dtype in callers:
+                stack.enter_context(torch.autocast(kind, dtype, enabled=False))
+            given = map(within, args)
+            return update(self, *given, **{key: within(value) for key, value in kwargs.items()})
+
+    return wrapper  # type: ignore[return-value]
 
 
 def hooked_when_needed(step: Callable[..., Any]) -> Callable[..., Any]:

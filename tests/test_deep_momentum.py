@@ -35,7 +35,13 @@ def memory_of(optimizer):
 
 @pytest.mark.parametrize(
     "memory",
-    [LINEAR, {"memory_lr": 0.0}, {"memory_lr": 0.0, "objective": "dot"}, {"trust": 0.0}],
+    [
+        LINEAR,
+        {"memory": "linear"},
+        {"memory_lr": 0.0},
+        {"memory_lr": 0.0, "objective": "dot"},
+        {"trust": 0.0},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -313,7 +319,7 @@ def test_the_scale_of_the_gradients_does_not_matter(scale):
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e25])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e25, 1e37])
 def test_gradients_out_of_range_get_plain_momentum_and_no_nan(scale):
     params, plain = make_params((6, 4)), make_params((6, 4))
     optimizer = DeepMomentum(params, lr=1e-9, memory_lr=0.1)
@@ -468,6 +474,14 @@ def test_a_group_cannot_have_a_memory_of_its_own():
     with pytest.raises(ValueError, match="memory_weights is no option"):
         optimizer.add_param_group({"params": params[1:], **dict.fromkeys(TENSORS, torch.ones(64))})
     DeepMomentum([{"params": params[:1], "hidden": 4}, {"params": params[1:]}], hidden=4)
+
+
+def test_the_objective_is_the_memory_s_unless_given():
+    for memory, objective in (("mlp", "l2"), ("linear", "dot")):
+        optimizer = DeepMomentum(make_params((3,)), memory=memory)
+        assert optimizer.param_groups[0]["objective"] == objective
+        optimizer.add_param_group({"params": make_params((3,)), "objective": None})
+        assert optimizer.param_groups[1]["objective"] == objective
 
 
 @pytest.mark.parametrize(

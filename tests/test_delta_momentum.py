@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -259,6 +260,69 @@ def test_no_gradient_makes_the_buffer_longer_than_plain_momentum_could(
         assert torch.isfinite(buf).all() and torch.isfinite(params[0]).all()
         bound = (momentum * bound + float(grad.double().norm())) * rounding
         assert float(buf.norm()) <= bound
+
+
+#: Of a dtype's largest number, the elements of a gradient; its norm then leaves the range.
+LARGEST = {torch.float32: 1.5e38, torch.float64: 5e306, torch.bfloat16: 1.5e38}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from([(40, 30), (30, 40), (6, 4), (1, 300), (300, 1)]),
+    dtype=st.sampled_from(list(LARGEST)),
+    product=st.sampled_from([None, torch.bfloat16, torch.float32, torch.float64]),
+    buf_exponent=st.integers(-40, 0),
+    grad_exponent=st.integers(-40, 0),
+    rate=st.sampled_from([1e-6, 1.0, 1e6]),
+    normalized=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_terms_of_the_largest_numbers_are_those_of_small_ones(
+    shape, dtype, product, buf_exponent, grad_exponent, rate, normalized, seed
+):
+    """The term is linear in the buffer, and where rate |g|^2 is large has no unit of gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    buf, grad = (
+        (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(dtype)
+        for _ in range(2)
+    )
+    options = {"rate": rate, "momentum": 0.9, "product_dtype": product}
+    expected = rules.delta_term(
+        buf.double(),
+        grad.double() * 1e30,
+        normalized=normalized,
+        **{**options, "product_dtype": None},
+    )
+    scales = [2.0 ** int(math.log2(LARGEST[dtype]) + e) for e in (buf_exponent, grad_exponent)]
+    term = rules.delta_term(buf * scales[0], grad * scales[1], normalized=normalized, **options)
+    rounding = 0.02 if torch.bfloat16 in (dtype, product) else 1e-5
+    assert (term.double() / scales[0] - expected).norm() <= rounding * expected.norm()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from([(4, 3), (3, 4), (5,), ()]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    options=st.sampled_from([{}, {"normalized": True}, {"product_dtype": "bfloat16"}]),
+    foreach=st.booleans(),
+    rank_one=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_buffers_stay_in_range_up_to_the_dtype_s_largest_numbers(
+    shape, dtype, options, foreach, rank_one, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype))]
+    optimizer = DeltaMomentum(params, lr=1e-300, momentum=0.5, foreach=foreach, **options)
+    for _ in range(8):
+        grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if rank_one and len(shape) == 2:
+            grad = grad[:, :1] * grad[:1]
+        # Plain momentum's buffer would reach 1 / (1 - 0.5) of it.
+        grad = 0.49 * torch.finfo(dtype).max * (grad / grad.norm())
+        step_with(optimizer, params, [grad.to(dtype)])
+        assert torch.isfinite(optimizer.state[params[0]]["momentum_buffer"]).all()
+        assert torch.isfinite(params[0]).all()
 
 
 def test_without_the_bound_the_paper_s_rule_would_blow_up_where_this_one_does_not():

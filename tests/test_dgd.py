@@ -402,16 +402,33 @@ def test_flat_parameters_that_replace_the_model_s_are_refused_at_the_step():
     assert not flat.any()
 
 
-@pytest.mark.parametrize("edit", [{"decay": -1.0}, {"batch": "all"}, {"reduction": None}])
-def test_edits_to_nonsense_are_refused_at_the_step(edit):
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        ({"decay": -1.0}, "Invalid decay"),
+        ({"batch": "all"}, "Invalid batch"),
+        ({"reduction": None}, "Invalid reduction"),
+        ({"max_tokens": 0}, "Invalid max_tokens"),
+        ({"max_tokens": 2.5}, "Invalid max_tokens"),
+        ({"window_samples": 0}, "Invalid window_samples"),
+        ({"fused": True}, "`fused` is not supported"),
+        ({"capturable": True}, "`capturable` is not supported"),
+    ],
+)
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_edits_to_nonsense_are_refused_at_the_step(edit, message, frequency):
     model = Net()
-    optimizer = DGD(model, LR)
-    backward(model, *batch(0))
-    optimizer.param_groups[0].update(edit)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=f"param group 0: Invalid {next(iter(edit))}"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
+    optimizer = DGD(model, LR, frequency=frequency)
+    for _ in range(2):
+        run(model, optimizer, [0])
+        optimizer.param_groups[0].update(edit)
+        before = snapshot(optimizer)
+        with pytest.raises((ValueError, RuntimeError), match=f"param group 0: {message}"):
+            backward(model, *batch(0))
+            optimizer.step()
+        assert_unchanged(optimizer, before)
+        optimizer.param_groups[0].update({key: optimizer.defaults[key] for key in edit})
+        optimizer.zero_grad()
 
 
 def test_names_are_those_of_the_model():

@@ -38,11 +38,22 @@ def relative(a, b):
 
 @pytest.mark.parametrize("batch", ["mean", "exact"])
 @pytest.mark.parametrize("decay", [0.3, 1.0])
-@pytest.mark.parametrize("size", [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3])
+@pytest.mark.parametrize("size", [1e-8, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e5, 1e8])
 def test_one_input_of_any_length_gives_the_minimum(size, decay, batch):
     weight, inputs, grads = problem(1, size)
     new = rules.dgd(weight, grads.T @ inputs, inputs, lr=0.1, decay=decay, batch=batch)
     assert relative(new, argmin(weight, inputs, grads, 0.1, decay)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 10.0])
+def test_one_input_gives_the_minimum_for_gradients_that_are_not_its_own_alone(size):
+    weight, _, _ = problem(1)
+    inputs, grad = size * problem(1)[1], randn(OUT, IN, seed=5)
+    options = {"lr": 0.1, "decay": 0.7, "weight_decay": 0.2}
+    new = rules.dgd(weight, grad, inputs, batch="exact", **options)
+    system = torch.eye(IN).double() + 0.07 * inputs.T @ inputs
+    expected = torch.linalg.solve(system, weight - 0.1 * (grad + 0.2 * weight), left=False)
+    assert relative(new, expected) < 1e-13
 
 
 def test_the_printed_case_of_the_paper_has_decay_and_length_one():

@@ -232,6 +232,26 @@ def test_a_torch_adamw_checkpoint_loads():
     assert_same_tensors(list(model.parameters()), list(plain.parameters()))
 
 
+@pytest.mark.parametrize("base, torch_class", [("sgd", SGD), ("adamw", AdamW)])
+@pytest.mark.parametrize("flags", [{"fused": True}, {"capturable": True}])
+def test_how_torch_made_its_steps_is_not_loaded(base, torch_class, flags):
+    model = Net()
+    plain = copy.deepcopy(model)
+    theirs = torch_class(plain.parameters(), lr=0.01, weight_decay=0.0, fused=flags.get("fused"))
+    run(plain, theirs, range(2))
+    model.load_state_dict(plain.state_dict())
+    saved = copy.deepcopy(theirs.state_dict())
+    saved["param_groups"][0].update(flags)  # capturable steps need a GPU
+    ours = DGD(model, lr=0.01, base=base, weight_decay=0.0)
+    ours.load_state_dict(saved)
+    group = ours.param_groups[0]
+    assert (group["fused"], group["capturable"]) == (None, False)
+    run(model, ours, range(2, 4))
+    # A group that says so itself is refused as before.
+    with pytest.raises(RuntimeError, match=next(iter(flags))):
+        ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "decay": 0.0, **flags})
+
+
 @pytest.mark.parametrize("state_dtype", [None, torch.float64])
 def test_a_loaded_window_takes_the_dtype_of_its_parameter_or_of_the_state(state_dtype):
     model, narrow = Net(), Net(torch.float32)

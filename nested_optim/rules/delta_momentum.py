@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,8 @@ def delta_term(
 
     with :math:`|g|` the Frobenius norm of each matrix, which is at least its spectral norm. So
     :math:`\rho |g|_2^2 < \alpha` whatever the gradient, and no singular value of
-    :math:`\alpha I - \rho g^\dagger g` exceeds :math:`\alpha`. Gradients are brought to mean
-    magnitude 1 first, so neither large nor small ones leave the range of their dtype.
+    :math:`\alpha I - \rho g^\dagger g` exceeds :math:`\alpha`. Gradients are brought to a norm of
+    at most 1 first, so neither large nor small ones leave the range of their dtype.
 
     Args:
         buf: the buffer, ``(..., out, in)``; each matrix of a batch on its own.
@@ -58,14 +60,17 @@ def delta_term(
         buf, grad = buf.float(), grad.float()
     dims, half = (-2, -1), grad.dtype == torch.bfloat16
     wide = torch.float32 if half else None
-    # The term does not depend on this scale, so autograd need not see it.
-    total = grad.detach().abs().sum(dims, keepdim=True, dtype=wide)
-    scale = (total / (rows * columns)).clamp(min=torch.finfo(grad.dtype).tiny)
-    unit = grad / scale.to(grad.dtype) if half else grad / scale
-    square = torch.linalg.vector_norm(unit, dim=dims, keepdim=True, dtype=wide) ** 2
+    # Of norm 1 / room, so that sums over rows of the buffer are no longer than its numbers. The
+    # term depends on neither scale, so autograd need not see them.
+    mean, unit = _to_mean_one(grad)
+    norm = torch.linalg.vector_norm(unit.detach(), dim=dims, keepdim=True, dtype=wide).clamp(min=1)
+    room = 2.0 ** math.ceil(math.log2(columns) / 2)
+    unit = unit / (norm * room).to(unit.dtype if half else norm.dtype)
+    square = (torch.linalg.vector_norm(unit, dim=dims, keepdim=True, dtype=wide) * room) ** 2
     if normalized:
-        factor = momentum * (rate / (1 + rate)) / square.clamp(min=1)
+        factor = momentum * (rate / (1 + rate)) / square.clamp(min=0.5)  # 1, or that of zeros
     else:
+        scale = mean * norm
         factor = momentum / (momentum / (scale * rate * scale) + square)
     if half:
         factor = factor.to(dtype)
@@ -73,7 +78,7 @@ def delta_term(
         term: Tensor = ((buf @ unit.mH) * factor) @ unit
     else:
         term = buf @ ((unit.mH @ unit) * factor)
-    return term.to(dtype)
+    return term.mul_(room**2).to(dtype)
 
 
 def _term_of_units(
@@ -107,10 +112,14 @@ def _term_of_units(
 
 
 def _to_mean_one(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A scale of each matrix, of which the term does not depend, and the matrix divided by it."""
-    mean = tensor.detach().abs().mean((-2, -1), keepdim=True)
-    scale = mean.clamp(min=torch.finfo(tensor.dtype).tiny)
-    return scale, tensor / scale
+    """The mean magnitude of each matrix, whatever its numbers are, and the matrix divided by it."""
+    rows, columns = tensor.shape[-2:]
+    room = 2.0 ** math.ceil(math.log2(rows * columns))  # or a sum would leave the dtype's range
+    wide = torch.float32 if tensor.dtype == torch.bfloat16 else None
+    shares = (tensor.detach() / room).abs()
+    mean = shares.sum((-2, -1), keepdim=True, dtype=wide) * (room / (rows * columns))
+    mean = mean.clamp(min=torch.finfo(tensor.dtype).tiny)
+    return mean, tensor / mean.to(shares.dtype)
 
 
 def delta_momentum(

@@ -57,7 +57,8 @@ def dgd(
         W_+ = \arg\min_W \langle W, G \rangle + \tfrac{\lambda}{2} \operatorname{tr}(W S W^\top)
             + \tfrac{1}{2\eta} \|W - W_t\|^2
 
-    whose solution is ``batch="exact"``; ``batch="mean"`` needs no linear system:
+    whose solution is ``batch="exact"``; ``batch="mean"`` needs no linear system, and forms no S
+    but where that is less work (:func:`times_second_moment`):
 
     .. math::
         \text{exact:}\quad & W_+ = (W_t - \eta G)\,(I + \eta\lambda S)^{-1} \\
@@ -99,6 +100,8 @@ def dgd(
     else:
         rows = inputs.to(wide)
         factor = lr * strength / _at_least_one(len(rows) if count is None else count)
+        if len(rows) == 1:
+            return _of_one_input(weight, grad, rows, lr, factor).to(param.dtype)
         moved = weight - lr * grad
         # Woodbury: the system has the smaller side of the inputs.
         if rows.shape[0] < rows.shape[1]:
@@ -110,6 +113,24 @@ def dgd(
             system.diagonal().add_(1)
             new = _solve(system, moved.T).T
     return new.to(param.dtype)
+
+
+def _of_one_input(weight: Tensor, grad: Tensor, row: Tensor, lr: Any, factor: Any) -> Tensor:
+    """``"exact"`` for one input, however long: along it in closed form, across it by descent.
+
+    A gradient that comes from this input alone points along it up to its own rounding, which times
+    ``lr`` may exceed the whole change along it.
+    """
+    length = torch.linalg.vector_norm(row)
+    unit = row / length.clamp(min=torch.finfo(row.dtype).tiny)
+    along = grad @ unit.T
+    across = grad - along @ unit
+    noise = 16 * torch.finfo(grad.dtype).eps * torch.linalg.vector_norm(grad)
+    across = torch.where(torch.linalg.vector_norm(across) > noise, across, 0)
+    share = factor * length**2
+    gone = (lr * along + share * (weight @ unit.T)) / (1 + share)
+    new: Tensor = weight - lr * across - gone @ unit
+    return new
 
 
 def input_decay(

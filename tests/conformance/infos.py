@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.testing._internal.common_optimizers import (
     ErrorOptimizerInput,
     OptimizerErrorEnum,
@@ -407,7 +407,11 @@ MOMENTUM: dict[str, Any] = {
 
 
 class PlainDGD(DGD):
-    """DGD without decay unless told otherwise: the checks have parameters, but no layers."""
+    """DGD without decay unless told otherwise.
+
+    The checks write gradients by hand and copy optimizers without a model. With decay both are
+    refused: what it does to layers, and to parameters beside them, is in ``tests/test_dgd*.py``.
+    """
 
     def __init__(self, *args: Any, decay: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, decay=decay, **kwargs)
@@ -530,6 +534,7 @@ INFOS: list[Info] = [
         PlainDGD,
         optim_inputs_func=explicit(dgd_inputs, weight_decay=0.0),
         optim_error_inputs_func=dgd_error_inputs,
+        references=(Reference(SGD, {}),),
         supported_impls=("foreach", "differentiable"),
         supports_fused_on=(),
         has_capturable_arg=False,
