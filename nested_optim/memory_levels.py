@@ -33,6 +33,12 @@ PRESETS = {
 }
 
 
+def group_label(at: int, group: dict[str, Any]) -> str:
+    """How messages call a group."""
+    name = group.get("name")
+    return f"param group {at}" + (f" ({name!r})" if name is not None else "")
+
+
 def level_key(level: int) -> str:
     """The key of a slow level (1, 2, ...) in a parameter's state."""
     return f"memory_{level}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from .exchanges import Exchanges, Settings, check_settings
 from .fused import JoinedExchange
 from .joined import ask
+from .memory_buffers import BUFFERS, BufferAverages
+from .memory_checkpoints import Loading, look_at, restore_copies, restore_settings
 from .memory_levels import (
     COUNT,
     MEMORY_OPTIONS,
     PRESETS,
-    copy_dtype,
     dtype_name,
-    flat,
+    group_label,
     is_memory_key,
     is_probe,
     level_key,
@@ -32,9 +32,7 @@ from .memory_levels import (
     mixture,
     resolve_level,
 )
-from .tensors import capturing, laid_out_like, local
-
-_BUFFERS = "memory_buffers"
+from .tensors import capturing, local
 
 
 class WeightMemory:
@@ -125,7 +123,6 @@ class WeightMemory:
         given = (frequencies, write, pull)
         chosen = [b if g is None else g for g, b in zip(given, base)]
         own = check_settings(chosen[0], chosen[1], chosen[2])
-        self._buffer_settings = own
         # Rates that are the same for all levels also serve groups with another number of levels.
         rates = [r[0] if len(set(r)) == 1 else r for r in own[1:]]
         self._defaults: dict[str, Any] = {
@@ -137,7 +134,7 @@ class WeightMemory:
         self._read = PRESETS[preset].read if preset is not None else -1
         self.optimizer = optimizer
         self._capturable = capturable
-        self._model = buffers_from
+        self._buffers = BufferAverages(buffers_from, optimizer, own)
         if buffers_from is not None and not own.levels:
             raise ValueError("buffers_from needs frequencies: there is no level to average them in")
         self._checked: dict[tuple[Any, ...], Settings] = {}
@@ -150,7 +147,7 @@ class WeightMemory:
         self._probe = False
         self._complete = False
         self._reading = False
-        self._loading: dict[str, Any] = {}
+        self._loading: Loading | None = None
 
         found = [self._group_settings(i, g) for i, g in enumerate(optimizer.param_groups)]
         for group, settings in zip(optimizer.param_groups, found):
@@ -170,7 +167,7 @@ class WeightMemory:
             handle.remove()
         self._handles.clear()
         for group in self.optimizer.param_groups:
-            for key in (*MEMORY_OPTIONS, _BUFFERS):
+            for key in (*MEMORY_OPTIONS, BUFFERS):
                 group.pop(key, None)
             for p in group["params"]:
                 state = self.optimizer.state.get(p, {})
@@ -187,7 +184,7 @@ class WeightMemory:
                 return self._checked[raw]
         except TypeError:  # lists are not hashable
             pass
-        where = f"{_label(at, group)}: "
+        where = f"{group_label(at, group)}: "
         frequencies, write, pull, dtype = raw
         settings = check_settings(frequencies, write, pull, where)
         if dtype is not None:
@@ -249,7 +246,7 @@ class WeightMemory:
             work.append((group, fresh, [p.grad for p in fresh]))
         for group, settings in groups:
             self._write_settings(group, settings)
-        self._make_buffers()
+        self._buffers.make()
         self._params, self._seen = params, self._options()
         self._pending, self._complete = pending, not missing
         self._count = None
@@ -340,9 +337,7 @@ class WeightMemory:
                         u, v = [u[i] for i in left], [v[i] for i in left]
                         own = [comps[i] for i in left]
                     self._run(u, v, frequency, write, pull, comps=own)
-        for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
-            if count % frequency == 0:
-                self._write_buffers(k, write)
+        self._buffers.exchange(count)
 
     def _exchange_on_device(self, found_inf: Tensor | None) -> None:
         """The same where the host must not look at the counter, or at ``found_inf``."""
@@ -375,32 +370,7 @@ class WeightMemory:
                     count=self._count,
                     found_inf=found_inf,
                 )
-        for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
-            self._write_buffers(k, write, happened & (self._count % frequency == 0))
-
-    # ------------------------------------------------------------------ buffers
-
-    def _float_buffers(self) -> list[Tensor]:
-        if self._model is None:
-            return []
-        return [b for b in self._model.buffers() if b.is_floating_point()]
-
-    def _make_buffers(self) -> None:
-        """The buffers' averages: one flat tensor of shape (levels, all their elements)."""
-        group = self.optimizer.param_groups[0]
-        if buffers := self._float_buffers():
-            rows = self._buffer_settings.levels
-            if _BUFFERS not in group:
-                group[_BUFFERS] = flat(buffers).expand(rows, -1).clone()
-
-    def _write_buffers(self, level: int, write: float, gate: Tensor | None = None) -> None:
-        if buffers := self._float_buffers():
-            rows = self.optimizer.param_groups[0][_BUFFERS]
-            faster = flat(buffers) if level == 0 else rows[level - 1]
-            new = rows[level].lerp(faster, write)
-            if gate is not None:
-                new = torch.where(gate.to(new.device), new, rows[level])
-            rows[level].copy_(new)
+        self._buffers.exchange_on_device(self._count, happened)
 
     # ------------------------------------------------------------------ reading out
 
@@ -419,7 +389,7 @@ class WeightMemory:
         """
         found = []
         for at, (group, settings) in enumerate(self._groups()):
-            level_here = resolve_level(level, settings.levels, _label(at, group))
+            level_here = resolve_level(level, settings.levels, group_label(at, group))
             key = level_key(level_here)
             for p in group["params"]:
                 own = self.optimizer.state.get(p, {})
@@ -454,14 +424,14 @@ class WeightMemory:
             RuntimeError: inside another ``read_out``.
         """
         self._refuse_while_reading("read_out()")
-        if update_bn is not None and self._model is None:
+        if update_bn is not None and self._buffers.model is None:
             raise ValueError("update_bn needs the model: attach the memory with buffers_from=model")
         level = self._read if level is None else level
         with torch.no_grad():
-            swaps = self._read_params(level) + self._read_buffers(level)
+            swaps = self._read_params(level) + self._buffers.read(level)
             live = [target.clone() for target, _ in swaps]
-            if update_bn is not None and self._model is not None:
-                others = [b for b in self._model.buffers() if not b.is_floating_point()]
+            if update_bn is not None and self._buffers.model is not None:
+                others = [b for b in self._buffers.model.buffers() if not b.is_floating_point()]
                 swaps += [(b, b) for b in others]
                 live += [b.clone() for b in others]
         self._reading = True
@@ -469,8 +439,8 @@ class WeightMemory:
             with torch.no_grad():
                 for target, value in swaps:
                     target.copy_(value)
-            if update_bn is not None and self._model is not None:
-                torch.optim.swa_utils.update_bn(update_bn, self._model, device)
+            if update_bn is not None and self._buffers.model is not None:
+                torch.optim.swa_utils.update_bn(update_bn, self._buffers.model, device)
             yield self
         finally:
             self._reading = False
@@ -491,22 +461,13 @@ class WeightMemory:
     def _read_params(self, level: Any) -> list[tuple[Tensor, Tensor]]:
         swaps = []
         for at, (group, settings) in enumerate(self._groups()):
-            shares = mixture(level, settings.levels, _label(at, group))
+            shares = mixture(level, settings.levels, group_label(at, group))
             for p in group["params"]:
                 own = self.optimizer.state.get(p, {})
                 if settings.levels and settings.keys[-1] in own:
                     tensors = [local(p), *(local(own[key]) for key in settings.keys)]
                     swaps.append((tensors[0], mix(tensors, shares)))
         return swaps
-
-    def _read_buffers(self, level: Any) -> list[tuple[Tensor, Tensor]]:
-        buffers, rows = self._float_buffers(), self.optimizer.param_groups[0].get(_BUFFERS)
-        if not buffers or rows is None:
-            return []
-        shares = mixture(level, self._buffer_settings.levels, "the buffers")
-        mixed = mix([flat(buffers), *rows], shares)
-        parts = mixed.split([b.numel() for b in buffers])
-        return [(b, part.view_as(b)) for b, part in zip(buffers, parts)]
 
     def _refuse_while_reading(self, what: str) -> None:
         if self._reading:
@@ -521,79 +482,23 @@ class WeightMemory:
         self._refuse_while_reading("optimizer.state_dict()")
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Check what the checkpoint has of a memory, and keep it from torch's change of dtypes."""
         self._refuse_while_reading("optimizer.load_state_dict()")
-        self._loading = {}
-        raw: dict[Tensor, dict[str, Tensor]] = {}
-        counts = set()
-        for at, (live, saved) in enumerate(
-            zip(optimizer.param_groups, state_dict.get("param_groups", ()))
-        ):
-            saved_keys = {k: saved[k] for k in MEMORY_OPTIONS if k in saved}
-            self._group_settings(at, {**{k: live.get(k) for k in MEMORY_OPTIONS}, **saved_keys})
-            rows = saved.get(_BUFFERS)
-            if rows is not None and (buffers := self._float_buffers()):
-                wanted = (self._buffer_settings.levels, sum(b.numel() for b in buffers))
-                if tuple(rows.shape) != wanted:
-                    raise ValueError(
-                        f"checkpoint's averages of buffers have shape {tuple(rows.shape)}, where "
-                        f"this model and these frequencies need {wanted}"
-                    )
-            for key, p in zip(saved["params"], live["params"]):
-                entries = state_dict["state"].get(key, {})
-                own = {k: v for k, v in entries.items() if is_memory_key(k)}
-                for k, v in own.items():
-                    if k != COUNT and isinstance(v, Tensor) and v.shape != p.shape:
-                        raise ValueError(
-                            f"checkpoint's {k!r} of a parameter of param group {at} has shape "
-                            f"{tuple(v.shape)}, where the parameter has {tuple(p.shape)}"
-                        )
-                if COUNT in own:
-                    counts.add(int(own[COUNT]))
-                raw[p] = own
-        if len(counts) > 1:
-            raise ValueError(
-                f"checkpoint's parameters disagree on {COUNT}, the steps of the memory: "
-                f"{sorted(counts)}"
-            )
-        groups = [{k: group.get(k) for k in MEMORY_OPTIONS} for group in optimizer.param_groups]
-        self._loading = {"raw": raw, "groups": groups, "count": max(counts, default=0)}
+        self._loading = None
+        loading = look_at(optimizer, state_dict, self._group_settings)
+        for saved in state_dict.get("param_groups", ())[:1]:
+            self._buffers.check(saved.get(BUFFERS))
+        self._loading = loading
 
     @torch.no_grad()
     def _after_load(self, optimizer: Optimizer) -> None:
-        loading, self._loading = self._loading, {}
-        changed = set()
-        for group, live in zip(optimizer.param_groups, loading.get("groups", ())):
-            for key, value in live.items():
-                if key not in group:
-                    group[key] = value
-                elif group[key] != value:
-                    changed.add(key)
-        if changed:
-            warnings.warn(
-                f"the checkpoint's {', '.join(sorted(changed))} replace the memory's where they "
-                "differ. To keep your own, set them in param_groups after loading.",
-                stacklevel=5,
-            )
-        count = torch.tensor(loading.get("count", 0), dtype=torch.int64)
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            restore_settings(optimizer, loading)
         for group, settings in self._groups():
             self._write_settings(group, settings)
-            for p in group["params"]:
-                for key, value in loading.get("raw", {}).get(p, {}).items():
-                    own = optimizer.state[p]
-                    if key == COUNT:
-                        own[key] = count
-                    elif isinstance(value, Tensor):
-                        dtype = copy_dtype(p, group["memory_dtype"])
-                        value = laid_out_like(value, p).to(device=p.device, dtype=dtype)
-                        # The checkpoint may be loaded once more, and must not move.
-                        own[key] = value.clone(memory_format=torch.preserve_format)
-                    else:
-                        del own[key]
-        if (rows := optimizer.param_groups[0].get(_BUFFERS)) is not None:
-            if buffers := self._float_buffers():
-                rows = rows.to(device=buffers[0].device, dtype=flat(buffers).dtype)
-            optimizer.param_groups[0][_BUFFERS] = rows
+        if loading is not None:
+            restore_copies(optimizer, loading)
+        self._buffers.settle()
         self._pending, self._complete, self._count = {}, False, None
 
 
@@ -604,8 +509,3 @@ def memory_of(optimizer: Optimizer) -> WeightMemory | None:
         if isinstance(owner, WeightMemory):
             return owner
     return None
-
-
-def _label(at: int, group: dict[str, Any]) -> str:
-    name = group.get("name")
-    return f"param group {at}" + (f" ({name!r})" if name is not None else "")

@@ -1,0 +1,93 @@
+"""What of a weight memory a checkpoint holds: checked before loading, put back after it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .memory_levels import COUNT, MEMORY_OPTIONS, copy_dtype, is_memory_key
+from .tensors import laid_out_like
+
+
+class Loading(NamedTuple):
+    """What is kept from torch's loading, which rounds state and replaces groups."""
+
+    copies: dict[Tensor, dict[str, Any]]
+    groups: list[dict[str, Any]]
+    steps: int
+
+
+def look_at(
+    optimizer: Optimizer, state_dict: dict[str, Any], check_group: Callable[[int, Any], Any]
+) -> Loading:
+    """Check what the checkpoint has of a memory, and keep it; changes nothing.
+
+    Raises:
+        ValueError: settings are invalid, copies have other shapes, or counts differ.
+    """
+    copies: dict[Tensor, dict[str, Any]] = {}
+    counts = set()
+    for at, (live, saved) in enumerate(
+        zip(optimizer.param_groups, state_dict.get("param_groups", ()))
+    ):
+        saved_keys = {k: saved[k] for k in MEMORY_OPTIONS if k in saved}
+        check_group(at, {**{k: live.get(k) for k in MEMORY_OPTIONS}, **saved_keys})
+        for key, p in zip(saved["params"], live["params"]):
+            entries = state_dict["state"].get(key, {})
+            own = {k: v for k, v in entries.items() if is_memory_key(k)}
+            for k, v in own.items():
+                if k != COUNT and isinstance(v, Tensor) and v.shape != p.shape:
+                    raise ValueError(
+                        f"checkpoint's {k!r} of a parameter of param group {at} has shape "
+                        f"{tuple(v.shape)}, where the parameter has {tuple(p.shape)}"
+                    )
+            if COUNT in own:
+                counts.add(int(own[COUNT]))
+            copies[p] = own
+    if len(counts) > 1:
+        raise ValueError(
+            f"checkpoint's parameters disagree on {COUNT}, the steps of the memory: "
+            f"{sorted(counts)}"
+        )
+    groups = [{k: group.get(k) for k in MEMORY_OPTIONS} for group in optimizer.param_groups]
+    return Loading(copies, groups, max(counts, default=0))
+
+
+def restore_settings(optimizer: Optimizer, loading: Loading) -> None:
+    """Give groups what the checkpoint does not know; tell where its own settings win."""
+    changed = set()
+    for group, live in zip(optimizer.param_groups, loading.groups):
+        for key, value in live.items():
+            if key not in group:
+                group[key] = value
+            elif group[key] != value:
+                changed.add(key)
+    if changed:
+        warnings.warn(
+            f"the checkpoint's {', '.join(sorted(changed))} replace the memory's where they "
+            "differ. To keep your own, set them in param_groups after loading.",
+            stacklevel=6,
+        )
+
+
+def restore_copies(optimizer: Optimizer, loading: Loading) -> None:
+    """Put the checkpoint's copies in the state, in the dtypes of the groups' settings."""
+    count = torch.tensor(loading.steps, dtype=torch.int64)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in loading.copies.get(p, {}).items():
+                own = optimizer.state[p]
+                if key == COUNT:
+                    own[key] = count
+                elif isinstance(value, Tensor):
+                    dtype = copy_dtype(p, group["memory_dtype"])
+                    value = laid_out_like(value, p).to(device=p.device, dtype=dtype)
+                    # The checkpoint may be loaded once more, and must not move.
+                    own[key] = value.clone(memory_format=torch.preserve_format)
+                else:
+                    del own[key]
