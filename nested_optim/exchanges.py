@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import kernels, rules
 from .levels import check_frequency
 from .rules.exchange import pull_after_write
-from .tensors import is_dtensor, local
+from .tensors import capturing, is_dtensor, local
 
 #: Tables that are kept at once: a few per pair of levels.
 _MAX_TABLES = 64
@@ -123,12 +124,19 @@ def exchange_(
 class Exchanges:
     """Exchanges of whatever tensors, each on the fastest path that serves it.
 
-    The kernels' tables are kept, and made anew when a tensor has moved.
+    The kernels' tables are kept, and made anew when a tensor has moved. They hold addresses, and no
+    tensor is kept alive but by a CUDA graph that reads it.
     """
 
     def __init__(self) -> None:
         self._tables: dict[Any, Any] = {}
         self._plans: dict[Any, _Plan] = {}
+        self._captured: list[Any] = []
+
+    def forget(self) -> None:
+        """Drop the tables; captured graphs keep theirs."""
+        self._tables.clear()
+        self._plans.clear()
 
     def __call__(
         self,
@@ -164,6 +172,8 @@ class Exchanges:
                 table.launch(count_here, skipped)
             else:
                 table.launch()
+        if plan.tables and capturing():
+            self._captured.append((plan.tables, list(faster), list(slower)))
         left = plan.left
         if not left[0]:
             return
@@ -220,8 +230,7 @@ class Exchanges:
 
             table = ExchangeTable(us, vs, write, pull_after_write(write, pull), frequency)
             if len(self._tables) >= _MAX_TABLES:
-                self._tables.clear()
-                self._plans.clear()
+                self.forget()
             known = self._tables[key] = (addresses, table)
         return known[1]
 
@@ -239,8 +248,8 @@ class _Plan:
     ) -> None:
         self.tables, self.left, self.keeps = tables, left, keeps
         if keeps:
-            self._members = faster + slower
-            self._memory = list(map(_where, self._members))
+            self._members = [weakref.ref(t) for t in chain(faster, slower)]
+            self._memory = list(map(_where, chain(faster, slower)))
 
     def fits(
         self, faster: Sequence[Tensor], slower: Sequence[Tensor], comps: Sequence[Tensor | None]
@@ -248,8 +257,8 @@ class _Plan:
         """Whether these are the same tensors, where they were and laid out as they were."""
         return (
             not any(c is not None for c in comps)
-            and all(map(is_, chain(faster, slower), self._members))
-            and list(map(_where, self._members)) == self._memory
+            and all(map(is_, chain(faster, slower), (member() for member in self._members)))
+            and list(map(_where, chain(faster, slower))) == self._memory
         )
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .exchanges import Exchanges, Settings, check_settings
-from .fused import JoinedExchange
+from .fused import FusedSteps, JoinedExchange
 from .joined import ask
 from .memory_buffers import BUFFERS, BufferAverages
 from .memory_checkpoints import Loading, look_at, restore_copies, restore_settings
@@ -173,6 +173,16 @@ class WeightMemory:
                 state = self.optimizer.state.get(p, {})
                 for key in list(filter(is_memory_key, state)):
                     del state[key]
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep nothing of copies that the optimizer's state no longer has."""
+        self._pending, self._complete, self._count = {}, False, None
+        self._joined = None
+        self._run.forget()
+        if isinstance(fused := getattr(self.optimizer, "_fused", None), FusedSteps):
+            fused.exchange = None
+            fused.forget()  # it remembers what the state was
 
     # ------------------------------------------------------------------ settings
 
@@ -499,7 +509,7 @@ class WeightMemory:
         if loading is not None:
             restore_copies(optimizer, loading)
         self._buffers.settle()
-        self._pending, self._complete, self._count = {}, False, None
+        self._let_go()
 
 
 def memory_of(optimizer: Optimizer) -> WeightMemory | None:

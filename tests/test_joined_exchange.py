@@ -7,6 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from nested_optim import NestedOptimizer, WeightMemory
+from nested_optim.exchanges import Exchanges
 from nested_optim.kernels.tables import CHUNK
 
 from .helpers import clone_params, make_params, random_grads, set_grads
@@ -28,13 +29,13 @@ def pair(params, fused=True, frequencies=(2, 4), write=0.3, pull=0.2, dtype=None
     optimizer = NestedOptimizer(params, lr=0.1, fused=fused, foreach=None, **options)
     memory = WeightMemory(optimizer, frequencies, write, pull, dtype=dtype)
     given = []
-    real = memory._run
 
-    def watching(faster, slower, *args, **kwargs):
-        given.append(list(faster))
-        return real(faster, slower, *args, **kwargs)
+    class Watching(Exchanges):
+        def __call__(self, faster, *args, **kwargs):
+            given.append(list(faster))
+            super().__call__(faster, *args, **kwargs)
 
-    memory._run = watching
+    memory._run = Watching()
     return memory, given
 
 

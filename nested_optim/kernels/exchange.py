@@ -108,7 +108,7 @@ class ExchangeTable:
     """Pairs of tensors of one device and one pair of dtypes, each pair laid out alike and dense.
 
     Args:
-        faster, slower: at least one pair; the table keeps them alive.
+        faster, slower: at least one pair; the table holds their addresses and keeps none alive.
         write: how far ``slower`` goes to ``faster``.
         rate: how far ``faster`` then goes to the new ``slower``.
         frequency: of the exchange, for :meth:`launch` with a count.
@@ -122,13 +122,13 @@ class ExchangeTable:
         rate: float,
         frequency: int,
     ) -> None:
-        self.pairs = list(zip(faster, slower))
+        self.n_pairs = len(faster)
         self.device = faster[0].device
         dtypes = faster[0].dtype, slower[0].dtype
         wide = torch.promote_types(torch.promote_types(*dtypes), torch.float32)
         self._kinds = [_DTYPES[dtype] for dtype in (*dtypes, wide)]
         rows, chunks = array("q"), array("i")
-        for i, (u, v) in enumerate(self.pairs):
+        for i, (u, v) in enumerate(zip(faster, slower)):
             addresses = [u.data_ptr(), v.data_ptr()]
             numel = u.numel()
             rows.extend([*addresses, numel, len(chunks), addresses[0] | addresses[1], 0, 0, 0])
