@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -14,8 +15,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .exchanges import Exchanges, Settings, check_settings
-from .fused import FusedSteps, JoinedExchange
-from .joined import ask
+from .fused import JoinedExchange
+from .joined import ask, withdraw
 from .memory_buffers import BUFFERS, BufferAverages
 from .memory_checkpoints import Loading, look_at, restore_copies, restore_settings
 from .memory_levels import (
@@ -145,7 +146,11 @@ class WeightMemory:
         self._run = Exchanges()
         self._joined: JoinedExchange | None = None
         self._probe = False
-        self._complete = False
+        self._settled = False  # whether what follows is true of the optimizer
+        #: Parameters without a copy, which have had no gradient: the keys they lack, and the dtype.
+        self._waiting: dict[Tensor, tuple[list[str], str | None]] = {}
+        #: By key the copies in the optimizer's state, in its order.
+        self._held: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._reading = False
         self._loading: Loading | None = None
 
@@ -177,11 +182,10 @@ class WeightMemory:
 
     def _let_go(self) -> None:
         """Keep nothing of copies that the optimizer's state no longer has."""
-        self._pending, self._complete, self._count = {}, False, None
-        self._joined = None
+        self._pending, self._waiting, self._held = {}, {}, {}
+        self._settled, self._count, self._joined = False, None, None
         self._run.forget()
-        if isinstance(fused := getattr(self.optimizer, "_fused", None), FusedSteps):
-            fused.exchange = None
+        if (fused := withdraw(self.optimizer)) is not None:
             fused.forget()  # it remembers what the state was
 
     # ------------------------------------------------------------------ settings
@@ -223,44 +227,59 @@ class WeightMemory:
         self._refuse_while_reading("optimizer.step()")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         same = len(params) == len(self._params) and all(map(is_, params, self._params))
-        self._joined = None
-        if same and self._complete and self._options() == self._seen:
-            self._joined = ask(optimizer, self._count, self._groups())
-            return
-        groups = self._groups()  # all of them are checked before anything changes
         closure = any(map(callable, (*args[1:], *kwargs.values())))
+        if same and self._settled and self._options() == self._seen and self._intact():
+            self._pending = {
+                p: {key: make_copy(p, dtype) for key in keys}
+                for p, (keys, dtype) in self._waiting.items()
+                if p.grad is not None or (closure and p.requires_grad)
+            }
+            self._joined = ask(optimizer, self._count, self._groups())
+        else:
+            self._look_again(params, closure)
+
+    def _look_again(self, params: list[Tensor], closure: bool) -> None:
+        """Make what copies are lacking: at first, and where settings or state have changed."""
+        optimizer = self.optimizer
+        groups = self._groups()  # all of them are checked before anything changes
         pending: dict[Tensor, dict[str, Tensor]] = {}
         work = []
-        missing = known = False
+        known = False
         for group, settings in groups:
             fresh = []
             for i, p in enumerate(group["params"]):
                 state = optimizer.state.get(p, {})
                 known = known or COUNT in state
-                keys = settings.keys
-                for key in keys:
+                for key in settings.keys:
                     if key in state and state[key].shape != p.shape:
                         raise RuntimeError(
                             f"parameter {i} of the group {group.get('name', '')!r} has shape "
                             f"{tuple(p.shape)}, but its copy {key!r} has {tuple(state[key].shape)}:"
                             " delete that entry of the optimizer's state to begin anew"
                         )
-                lacking = [key for key in keys if key not in state]
-                missing = missing or bool(lacking)
+                lacking = [key for key in settings.keys if key not in state]
                 if lacking and (p.grad is not None or (closure and p.requires_grad)):
-                    pending[p] = {
-                        key: make_copy(p, group.get("memory_dtype", self._defaults["memory_dtype"]))
-                        for key in lacking
-                    }
+                    dtype = group.get("memory_dtype", self._defaults["memory_dtype"])
+                    pending[p] = {key: make_copy(p, dtype) for key in lacking}
                     fresh.append(p)
             work.append((group, fresh, [p.grad for p in fresh]))
         for group, settings in groups:
             self._write_settings(group, settings)
         self._buffers.make()
+        withdraw(optimizer)
+        self._joined = None
         self._params, self._seen = params, self._options()
-        self._pending, self._complete = pending, not missing
-        self._count = None
+        self._pending, self._settled = pending, False
         self._probe = bool(pending) and not (known or closure) and is_probe(work)
+
+    def _intact(self) -> bool:
+        """Whether every copy is where it was: nobody has cleared, filled or replaced a state."""
+        entries = [own for own in self.optimizer.state.values() if isinstance(own, dict)]
+        return all(
+            len(entries) == len(copies)
+            and all(map(is_, [own.get(key) for own in entries], [copy() for copy in copies]))
+            for key, copies in self._held.items()
+        )
 
     def _options(self) -> list[list[Any]]:
         return [[group.get(key) for key in MEMORY_OPTIONS] for group in self.optimizer.param_groups]
@@ -268,8 +287,10 @@ class WeightMemory:
     @torch._disable_dynamo
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._count is None:
+        state = optimizer.state
+        if not self._settled or any(p.grad is not None or state.get(p) for p in self._pending):
             self._adopt()
+        self._pending = {}
         if self._probe or self._count is None:
             self._probe = False
             return
@@ -293,14 +314,19 @@ class WeightMemory:
             if p.grad is not None or state.get(p):
                 state[p].update(copies)
         self._count = None
+        self._waiting = {}
         on_device = None
         members = []
+        slow: set[str] = set()
         for group, settings in self._groups():
             for p in group["params"]:
                 own = state.get(p, {})
+                slow.update(settings.keys)
                 kept = (COUNT, *settings.keys) if settings.levels else ()
                 for key in [k for k in own if is_memory_key(k) and k not in kept]:
                     del own[key]
+                if lacking := [key for key in settings.keys if key not in own]:
+                    self._waiting[p] = lacking, group["memory_dtype"]
                 if settings.levels and settings.keys[0] in own:
                     members.append(own)
                     self._count = own.get(COUNT) if self._count is None else self._count
@@ -312,6 +338,10 @@ class WeightMemory:
             self._count = self._count.to(on_device)
         for own in members:
             own[COUNT] = self._count
+        entries = [own for own in state.values() if isinstance(own, dict)]
+        self._held = {key: [_reference(own.get(key)) for own in entries] for key in slow}
+        # Before there is any copy, the step to come may still only serve to create state.
+        self._settled = self._count is not None or not self._waiting
 
     def _pairs(self) -> Iterator[tuple[Settings, list[list[Tensor]], list[Tensor | None]]]:
         """Per setting the levels of its parameters (live first), and Kahan compensations."""
@@ -510,6 +540,11 @@ class WeightMemory:
             restore_copies(optimizer, loading)
         self._buffers.settle()
         self._let_go()
+
+
+def _reference(copy: Tensor | None) -> Callable[[], Tensor | None]:
+    """What gives this very copy for as long as others keep it."""
+    return (lambda: None) if copy is None else weakref.ref(copy)
 
 
 def memory_of(optimizer: Optimizer) -> WeightMemory | None:

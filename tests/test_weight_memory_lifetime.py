@@ -72,3 +72,104 @@ def test_copies_of_a_memory_that_is_detached_are_freed(build):
     refs = references(params, optimizer)
     memory.detach()
     assert alive(refs) == 0
+
+
+def looks(memory):
+    """Steps at which the memory looked at everything again."""
+    found = []
+    real = memory._look_again
+    memory._look_again = lambda *args: (found.append(1), real(*args))[1]
+    return found
+
+
+@pytest.mark.parametrize("how", ["clear", "pop", "pop memory"])
+def test_a_state_that_is_emptied_begins_anew(how, build):
+    """Between tasks, as for a parameter that joins late."""
+    params, optimizer, memory = stepped(build)
+    refs = references(params[:1], optimizer)
+    if how == "clear":
+        optimizer.state.clear()
+    elif how == "pop":
+        optimizer.state.pop(params[0])
+    else:
+        for key in ("memory_1", "memory_2", "memory_count"):
+            del optimizer.state[params[0]][key]
+    if getattr(optimizer, "_fused", None) is None:
+        assert alive(refs) == 0
+    optimizer.param_groups[0]["memory_frequencies"] = (2, 4)
+    before = [p.detach().clone() for p in params]
+    other = None if how == "clear" else memory.weights(1)[1].clone()
+    train(optimizer, params, range(4, 5))
+    torch.testing.assert_close(memory.weights(1)[0], before[0], rtol=0, atol=0)
+    torch.testing.assert_close(memory.weights(2)[0], before[0], rtol=0, atol=0)
+    if other is not None:
+        assert torch.equal(memory.weights(1)[1], other)  # step 5 is not due
+    assert memory.weights(1)[0] is not params[0]
+    train(optimizer, params, range(5, 10))
+    wanted = 6 if how == "clear" else 10
+    assert all(optimizer.state[p]["memory_count"] == wanted for p in params)
+    assert not torch.equal(memory.weights(1)[0], before[0])
+    assert alive(refs) == 0
+
+
+def test_a_state_that_is_emptied_after_a_plain_step_begins_anew(build):
+    """Without an edit of the settings, which makes the memory look in any case."""
+    params, optimizer, memory = stepped(build, frequencies=(3, 6))
+    optimizer.state.clear()
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, range(2))
+    torch.testing.assert_close(memory.weights(1), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_parameter_without_gradients_slows_nothing_down(closure, build):
+    params = make_params((50,), (7, 5))
+    params[1].requires_grad_(closure)  # with a closure, it might get one in the step
+    optimizer = build(params)
+    memory = WeightMemory(optimizer, (2, 4), 0.3, 0.2)
+    found = looks(memory)
+
+    def step(seed, *given):
+        def gradients():
+            for p in given:
+                p.grad = torch.full_like(p, 1.0 + seed)
+            return 0.0
+
+        if closure:
+            optimizer.zero_grad()
+            optimizer.step(gradients)
+        else:
+            gradients()
+            optimizer.step()
+
+    joined = []
+    for seed in range(6):
+        step(seed, params[0])
+        joined.append(memory._joined is not None and params[0] in memory._joined.done)
+    assert len(found) == 1
+    assert params[1] not in optimizer.state
+    if getattr(optimizer, "_fused", None) is not None and not closure:
+        assert joined == [False, True] * 3
+    before = params[1].detach().clone()
+    params[1].requires_grad_(True)
+    step(6, *params)
+    assert torch.equal(memory.weights(1)[1], before)
+    assert optimizer.state[params[1]]["memory_count"] == 7
+    step(7, *params)
+    assert not torch.equal(memory.weights(1)[1], before)
+    assert len(found) == 1
+
+
+def test_an_exchange_is_not_done_later_where_its_step_failed(build):
+    params, optimizer, memory = stepped(build, frequencies=(5,))
+
+    def closure():
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(closure)
+    optimizer.add_param_group({"params": make_params((3,))})
+    slow = memory.weights(1)[0].clone()
+    optimizer.param_groups[0]["memory_frequencies"] = (100,)
+    train(optimizer, params, range(4, 5))
+    assert torch.equal(memory.weights(1)[0], slow)
