@@ -50,6 +50,8 @@ class BufferAverages:
 
     def exchange_on_device(self, count: Tensor, happened: Tensor | None) -> None:
         """The same where the host must not look at the count, nor whether the step happened."""
+        if self.model is None:
+            return
         for k, (frequency, write) in enumerate(zip(*self.settings[:2])):
             due = count % frequency == 0
             self._write(k, write, due if happened is None else due & happened)

@@ -267,6 +267,7 @@ class WeightMemory:
             self._write_settings(group, settings)
         self._buffers.make()
         withdraw(optimizer)
+        self._run.renew()
         self._joined = None
         self._params, self._seen = params, self._options()
         self._pending, self._settled = pending, False
@@ -313,6 +314,7 @@ class WeightMemory:
             # torch takes a parameter with any state for one that it has initialised.
             if p.grad is not None or state.get(p):
                 state[p].update(copies)
+        self._run.renew()
         self._count = None
         self._waiting = {}
         on_device = None
@@ -393,23 +395,12 @@ class WeightMemory:
             for p in self._params:
                 if COUNT in self.optimizer.state.get(p, {}):
                     self.optimizer.state[p][COUNT] = self._count
-        happened = torch.ones((), dtype=torch.bool, device=self._count.device)
+        happened = None
         if found_inf is not None:
             found_inf = found_inf.reshape(()).to(self._count.device)
             happened = found_inf == 0
-        self._count += happened
-        for settings, levels, comps in self._pairs():
-            for k, (frequency, write, pull) in enumerate(zip(*settings)):
-                self._run(
-                    levels[k],
-                    levels[k + 1],
-                    frequency,
-                    write,
-                    pull,
-                    comps=comps if k == 0 else (),
-                    count=self._count,
-                    found_inf=found_inf,
-                )
+        self._count += 1 if happened is None else happened
+        self._run.on_device(self._pairs, self._count, found_inf)
         self._buffers.exchange_on_device(self._count, happened)
 
     # ------------------------------------------------------------------ reading out

@@ -173,3 +173,35 @@ def test_an_exchange_is_not_done_later_where_its_step_failed(build):
     optimizer.param_groups[0]["memory_frequencies"] = (100,)
     train(optimizer, params, range(4, 5))
     assert torch.equal(memory.weights(1)[0], slow)
+
+
+@pytest.mark.parametrize("change", ["clear", "settings", "joins", "moves"])
+def test_steps_counted_on_the_device_follow_what_changes(change, build, monkeypatch):
+    """They go on with the tensors of the last step, which they have to notice to be others."""
+    monkeypatch.setattr("nested_optim.weight_memory.ask", lambda *args: None)
+    results = []
+    for on_device in (True, False):
+        params = make_params((50,), (7, 5), (4,))
+        optimizer = build(params)
+        memory = WeightMemory(optimizer, (2, 3), 0.3, 0.2)
+        if on_device:
+
+            def exchange(count, memory=memory):
+                with torch.no_grad():
+                    memory._count -= 1
+                    memory._exchange_on_device(torch.zeros(1))
+
+            memory._exchange = exchange
+        group = optimizer.param_groups[0]
+        own = params[:2] if change == "joins" else params
+        train(optimizer, own, range(4))
+        if change == "clear":
+            optimizer.state.clear()
+        elif change == "settings":
+            group.update(memory_frequencies=(1,), memory_write=(0.5,), memory_pull=(0.1,))
+        elif change == "moves":
+            params[0].data = params[0].detach().clone()
+        train(optimizer, params, range(4, 9))
+        levels = len(group["memory_frequencies"])
+        results.append([t.clone() for k in range(levels + 1) for t in memory.weights(k)])
+    torch.testing.assert_close(*results)
