@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import kernels, rules
 from .levels import check_frequency
-from .rules.exchange import pull_after_write
+from .rules.exchange import narrower, pull_after_write
 from .tensors import capturing, is_dtensor, local
 
 #: Tables that are kept at once: a few per pair of levels.
@@ -117,7 +117,14 @@ def exchange_(
         work_u, work_v = [u.to(wide) for u in us], [v.to(wide) for v in vs]
         new_v = torch._foreach_lerp(work_v, work_u, write)
         if rate:
-            torch._foreach_copy_(us, torch._foreach_lerp(work_u, new_v, rate))
+            new_u = torch._foreach_lerp(work_u, new_v, rate)
+            if narrower(v_dtype, u_dtype):
+                # What rounds to its copy stays, though it is not the same number.
+                new_u = tuple(
+                    torch.where(u.to(v_dtype) == v, old, new)
+                    for u, v, old, new in zip(us, vs, work_u, new_u)
+                )
+            torch._foreach_copy_(us, new_u)
         torch._foreach_copy_(vs, new_v)
 
 

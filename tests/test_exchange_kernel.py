@@ -65,13 +65,20 @@ def test_the_kernel_is_the_rule(dtypes, write, pull, launched):
         torch.testing.assert_close(got, list(values), rtol=rtol, atol=rtol)
 
 
-def test_equal_levels_stay_equal_to_the_last_bit():
-    us, _ = pairs(F32, F32)
-    vs = [u.clone(memory_format=torch.preserve_format) for u in us]
-    before = [u.clone() for u in us]
-    Exchanges()(us, vs, 1, 0.3, 0.4)
-    assert_same_tensors(us, before)
-    assert_same_tensors(vs, before)
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F32, F16), (F64, F32), (F16, BF16)])
+def test_equal_levels_stay_equal_to_the_last_bit(dtypes, on_device):
+    """Also those that are equal but for the copy's rounding."""
+    us, _ = pairs(dtypes[0], dtypes[0])
+    vs = [u.to(dtypes[1], copy=True, memory_format=torch.preserve_format) for u in us]
+    before = [[t.clone() for t in tensors] for tensors in (us, vs)]
+    if on_device:
+        settings = Settings((1,), (0.3,), (0.4,))
+        Exchanges().on_device(lambda: [(settings, (us, vs), ())], torch.tensor(4))
+    else:
+        Exchanges()(us, vs, 1, 0.3, 0.4)
+    assert_same_tensors(us, before[0])
+    assert_same_tensors(vs, before[1])
 
 
 def by_the_rule(levels, settings, count):

@@ -118,6 +118,8 @@ def test_equal_rates_conserve_the_sum_of_a_pair(write, pull):
         (torch.float64, torch.float64),
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.bfloat16),
         (torch.complex64, torch.complex64),
     ],
     ids=str,
@@ -126,6 +128,8 @@ def test_equal_rates_conserve_the_sum_of_a_pair(write, pull):
 def test_lists_in_place_are_the_rule_to_the_last_bit(u_dtype, v_dtype, write, pull):
     us = [torch.randn(s, dtype=u_dtype) for s in SHAPES] + [torch.randn(6, 4, dtype=u_dtype).t()]
     vs = [torch.randn(s, dtype=v_dtype) for s in SHAPES] + [torch.randn(6, 4, dtype=v_dtype).t()]
+    us.append(torch.randn(50, dtype=u_dtype))
+    vs.append(us[-1].to(v_dtype))  # as rounding has left it
     want = [rules.exchange(u, v, write=write, pull=pull) for u, v in zip(us, vs)]
     exchange_(us, vs, write, pull)
     assert_same_tensors(us, [u for u, _ in want])
@@ -206,6 +210,19 @@ def test_with_lr_0_from_the_start_nothing_moves(name):
     train(optimizer, params, range(5))
     assert_same_tensors(params, before)
     assert_same_tensors(memory.weights(-1), before)
+
+
+@pytest.mark.parametrize("write, pull", [(0.5, 0.5), (0.1, 0.9), (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("frequencies", [(1,), (1, 2)])
+def test_with_lr_0_narrow_copies_move_nothing(frequencies, write, pull):
+    """They are rounded, and must not draw the weights to what they can hold."""
+    params = make_params(*SHAPES)
+    before = clone_params(params)
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    memory = WeightMemory(optimizer, frequencies, write, pull, dtype="bfloat16")
+    train(optimizer, params, range(5))
+    assert_same_tensors(params, before)
+    assert_same_tensors(memory.weights(-1), [p.detach().bfloat16() for p in before])
 
 
 def test_copies_are_of_the_weights_before_the_first_step():

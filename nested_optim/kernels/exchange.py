@@ -35,12 +35,16 @@ _DTYPES = {
 
 
 @triton.jit
-def _exchanged(u, v, write, rate):
+def exchanged(u, v, write, rate, SLOWER: tl.constexpr):
+    """``rules.exchange`` of faster and slower weights, of which these are stored as ``SLOWER``."""
     # The two forms of a lerp: exact at either end, and where both are equal.
     change = u - v
-    v = tl.where(write < 0.5, v + write * change, u - change * (1 - write))
-    change = v - u
-    return tl.where(rate < 0.5, u + rate * change, v - change * (1 - rate)), v
+    new_v = tl.where(write < 0.5, v + write * change, u - change * (1 - write))
+    change = new_v - u
+    new_u = tl.where(rate < 0.5, u + rate * change, new_v - change * (1 - rate))
+    if SLOWER != u.dtype:  # what rounds to its copy stays, though it is not the same number
+        new_u = tl.where(u.to(SLOWER).to(u.dtype) == v, u, new_u)
+    return new_u, new_v
 
 
 @triton.jit
@@ -69,7 +73,7 @@ def _exchange_chunk(
         v_at = v_address.to(tl.pointer_type(SLOWER)) + start
         u = tl.load(u_at + lanes, mask=mask, other=0.0).to(COMPUTE)
         v = tl.load(v_at + lanes, mask=mask, other=0.0).to(COMPUTE)
-    u, v = _exchanged(u, v, write, rate)
+    u, v = exchanged(u, v, write, rate, SLOWER)
     if FULL:
         tl.store(u_at + lanes, u.to(FASTER))
         tl.store(v_at + lanes, v.to(SLOWER))
@@ -164,7 +168,7 @@ def _chain_chunk(
         v = _load_if(needed, v_at, mask, SLOWER, CHUNK, FULL).to(u.dtype)
         write = tl.load(rates + 3 * k).to(u.dtype)
         rate = tl.load(rates + 3 * k + 1).to(u.dtype)
-        new_u, new_v = _exchanged(u, v, write, rate)
+        new_u, new_v = exchanged(u, v, write, rate, SLOWER)
         u = tl.where(due, new_u, u)
         if k == 0:
             _store_if(moved, u_at, u, mask, FASTER, FULL)
