@@ -33,6 +33,7 @@ from .memory_levels import (
     mixture,
     resolve_level,
 )
+from .memory_reading import refusing
 from .tensors import capturing, local
 
 
@@ -437,9 +438,10 @@ class WeightMemory:
     ) -> Iterator[WeightMemory]:
         """Put read-out weights in the parameters for the body; then the live ones come back.
 
-        They come back, bit for bit, if the body raises, too. In the body ``optimizer.step()``,
-        ``optimizer.state_dict()`` and ``optimizer.load_state_dict()`` are refused; the model's own
-        ``state_dict()`` gives the read-out.
+        They come back, bit for bit, if the body raises, too. In the body the optimizer refuses
+        ``step()``, ``state_dict()``, ``load_state_dict()``, ``add_param_group()`` and, where it has
+        them, ``flush()`` and ``meta_update()``. The model's own ``state_dict()`` shares the
+        parameters' memory, so it is the read-out in the body only: see :meth:`model_state_dict`.
 
         Args:
             level: 0 for the live weights, 1, 2, ... for the slow copies, -1 for the slowest,
@@ -470,9 +472,10 @@ class WeightMemory:
             with torch.no_grad():
                 for target, value in swaps:
                     target.copy_(value)
-            if update_bn is not None and self._buffers.model is not None:
-                torch.optim.swa_utils.update_bn(update_bn, self._buffers.model, device)
-            yield self
+            with refusing(self.optimizer, self._refuse_while_reading):
+                if update_bn is not None and self._buffers.model is not None:
+                    torch.optim.swa_utils.update_bn(update_bn, self._buffers.model, device)
+                yield self
         finally:
             self._reading = False
             with torch.no_grad():

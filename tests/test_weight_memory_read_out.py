@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nested_optim import NestedOptimizer, WeightMemory
+from nested_optim import DeepNestedOptimizer, NestedOptimizer, WeightMemory
 from nested_optim.memory_levels import PRESETS
 
 from .helpers import assert_same_tensors, clone_params, make_params, random_grads, train
@@ -61,12 +61,41 @@ def test_training_and_checkpoints_are_refused_inside(cls):
             optimizer.step,
             optimizer.state_dict,
             lambda: optimizer.load_state_dict(saved),
+            lambda: optimizer.add_param_group({"params": make_params((2,))}),
             memory.detach,
             memory.read_out().__enter__,
         ):
             with pytest.raises(RuntimeError, match=r"inside read_out\(\)"):
                 action()
     assert_same_tensors(params, live)
+    optimizer.add_param_group({"params": make_params((2,))})
+
+
+def test_what_else_would_move_the_weights_is_refused_inside():
+    """Windows that are flushed and meta updates, for which there are no hooks."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+
+    def loss_fn(model, batch):
+        return model(batch).square().mean()
+
+    memory = {"frequencies": (1,), "write": 0.2, "pull": 0.1}
+    optimizer = DeepNestedOptimizer(
+        model, lr=0.1, mode="explicit", loss_fn=loss_fn, frequency=4, memory=memory
+    )
+    optimizer.flush = real = optimizer.flush  # somebody has wrapped it
+    batch = torch.randn(8, 4)
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+    with optimizer.weight_memory.read_out():
+        for action in (optimizer.flush, lambda: optimizer.meta_update(batch, [batch])):
+            with pytest.raises(RuntimeError, match=r"inside read_out\(\)"):
+                action()
+    assert optimizer.flush is real
+    optimizer.meta_update(batch, [batch])
+    assert optimizer.flush() > 0
 
 
 def test_a_run_that_was_read_out_is_the_run_that_was_not():
