@@ -386,6 +386,19 @@ def test_a_step_that_only_creates_state_does_not_count(name):
     assert_same_tensors(memory.weights(1), other.weights(1))
 
 
+@pytest.mark.parametrize("grad", ["zero", "not zero"])
+def test_sparse_gradients_tell_whether_a_step_counts(grad):
+    table = nn.Embedding(10, 3, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.0)
+    memory = WeightMemory(optimizer, (2,))
+    for _ in range(2):
+        optimizer.zero_grad()
+        (table(torch.tensor([1, 2, 1])).sum() * (grad != "zero")).backward()
+        optimizer.step()
+    # Without state of its own and at lr 0, the first step may have served to create it.
+    assert memory.optimizer.state[table.weight]["memory_count"] == 1 + (grad != "zero")
+
+
 # ---------------------------------------------------------------------- groups and options
 
 
