@@ -18,7 +18,10 @@ COUNT = "memory_count"
 
 
 class Preset(NamedTuple):
-    """Settings under a name, with what to read out: a level, or ``"mean"`` of all."""
+    """Settings under a name, with what to read out: -1 for the slowest, or ``"mean"`` of all.
+
+    Not a level's number: other frequencies may be given with a preset, and so more or fewer levels.
+    """
 
     frequencies: tuple[int, ...]
     write: tuple[float, ...]
@@ -29,7 +32,7 @@ class Preset(NamedTuple):
 #: Settings for streams of tasks: without replay, and with replay.
 PRESETS = {
     "continual": Preset((5, 50), (0.2, 0.2), (0.6, 0.2), "mean"),
-    "replay": Preset((1, 10), (0.02, 0.1), (0.06, 0.02), 2),
+    "replay": Preset((1, 10), (0.02, 0.1), (0.06, 0.02), -1),
 }
 
 

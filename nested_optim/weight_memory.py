@@ -73,7 +73,8 @@ class WeightMemory:
             too: they are written, but never pulled, with the frequencies and rates given here.
             :meth:`read_out` then swaps them together with the weights.
         preset: ``"continual"`` (for streams without replay) or ``"replay"``: settings for what is
-            not given above, and what :meth:`read_out` reads by default.
+            not given above, and what :meth:`read_out` reads by default. Its rates are those of two
+            levels: with another number of frequencies, give ``write`` and ``pull`` too.
         capturable: count steps on the accelerator from the start, for CUDA graphs. Default: if a
             group of the optimizer is ``capturable``.
 

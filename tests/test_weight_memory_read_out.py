@@ -244,6 +244,19 @@ def test_presets_give_settings_and_a_level(name):
         assert any(not torch.equal(p, live) for p, live in zip(params, levels[0]))
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("frequencies", [(1,), (1, 2, 3)])
+def test_presets_read_out_any_number_of_levels(name, frequencies):
+    params = make_params((3,))
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    memory = WeightMemory(optimizer, frequencies, 0.2, 0.1, preset=name)
+    train(optimizer, params, range(4))
+    levels = [memory.weights(k)[0].detach().clone() for k in range(len(frequencies) + 1)]
+    want = sum(levels) / len(levels) if PRESETS[name].read == "mean" else levels[-1]
+    with memory.read_out():
+        torch.testing.assert_close(params[0].detach(), want)
+
+
 def test_what_is_given_comes_before_a_preset():
     optimizer = torch.optim.SGD(make_params((3,)), lr=0.1)
     WeightMemory(optimizer, frequencies=(3,), write=0.2, pull=0.1, preset="continual")
