@@ -1,4 +1,7 @@
-"""What of a weight memory a checkpoint holds: checked before loading, put back after it."""
+"""What of a weight memory a checkpoint holds: checked before loading, put back after it.
+
+And what an optimizer has loaded before the memory was attached.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .memory_levels import COUNT, MEMORY_OPTIONS, copy_dtype, is_memory_key
-from .tensors import laid_out_like
+from .exchanges import Settings
+from .memory_levels import COUNT, MEMORY_OPTIONS, copy_dtype, group_label, is_memory_key
+from .rules.exchange import narrower
+from .tensors import laid_out_like, local
 
 
 class Loading(NamedTuple):
@@ -91,3 +96,66 @@ def restore_copies(optimizer: Optimizer, loading: Loading) -> None:
                     own[key] = value.clone(memory_format=torch.preserve_format)
                 else:
                     del own[key]
+
+
+def found_in_state(
+    optimizer: Optimizer, groups: list[tuple[Settings, str | None]]
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """What of a memory's state, put there before it was attached, is to be replaced, and by what.
+
+    An optimizer that loads a checkpoint without a memory rounds it to the parameters' dtypes.
+
+    Args:
+        groups: the settings and the copies' dtype of each group.
+
+    Raises:
+        ValueError: something was lost.
+    """
+    changes: list[tuple[dict[str, Any], str, Tensor]] = []
+    counts: dict[int, Tensor] = {}
+    known: dict[int, int] = {}  # by id: copies of an optimizer share one
+    members = []
+    for at, (group, (settings, dtype)) in enumerate(zip(optimizer.param_groups, groups)):
+        where = f"of a parameter of {group_label(at, group)}"
+        for p in group["params"] if settings.levels else ():
+            own = optimizer.state.get(p, {})
+            if isinstance(count := own.get(COUNT), Tensor):
+                if id(count) not in known:
+                    known[id(count)] = _exact_count(count, where)
+                counts.setdefault(known[id(count)], count)
+                members.append(own)
+            for key in settings.keys:
+                value = own.get(key)
+                wanted = copy_dtype(p, dtype)
+                if not isinstance(value, Tensor) or value.dtype == wanted:
+                    continue
+                if narrower(value.dtype, wanted):
+                    raise _lost(f"{key!r} {where}", f"is {value.dtype}, rounded from {wanted}")
+                new = value.to(wanted)
+                if torch.equal(local(new).to(value.dtype), local(value)):
+                    changes.append((own, key, new))
+    if len(counts) > 1:
+        raise ValueError(
+            f"the parameters' state disagrees on {COUNT}, the steps of the memory: {sorted(counts)}"
+        )
+    for steps, count in counts.items():
+        if count.dtype != torch.int64 or len(known) > 1:
+            count = torch.tensor(steps, dtype=torch.int64)
+            changes += [(own, COUNT, count) for own in members]
+    return changes
+
+
+def _exact_count(count: Tensor, where: str) -> int:
+    steps = int(count)
+    if count.is_floating_point() and (steps != count or steps >= 2 / torch.finfo(count.dtype).eps):
+        raise _lost(
+            f"{COUNT!r} {where}", f"is {steps} in {count.dtype}, which may be a rounded one"
+        )
+    return steps
+
+
+def _lost(what: str, why: str) -> ValueError:
+    return ValueError(
+        f"{what} {why}: the state was loaded before there was a WeightMemory, and torch rounds "
+        "what it loads to the parameter's dtype. Attach the memory first, then call load_state_dict()"
+    )

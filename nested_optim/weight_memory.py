@@ -18,7 +18,7 @@ from .exchanges import Exchanges, Settings, check_settings
 from .fused import JoinedExchange
 from .joined import ask, withdraw
 from .memory_buffers import BUFFERS, BufferAverages
-from .memory_checkpoints import Loading, look_at, restore_copies, restore_settings
+from .memory_checkpoints import Loading, found_in_state, look_at, restore_copies, restore_settings
 from .memory_levels import (
     COUNT,
     MEMORY_OPTIONS,
@@ -56,9 +56,10 @@ class WeightMemory:
     parameters alike, whether or not they had a gradient; one that ``torch.amp.GradScaler`` skips
     does not count. All state lies in the optimizer's ``state`` (``memory_count``, ``memory_1``,
     ``memory_2``, ...) and in ``param_groups``, so ``optimizer.state_dict()`` holds it and
-    ``load_state_dict`` brings it back; attach a memory before loading. A checkpoint without it is
-    loaded as well, and the copies are made anew by the next step. Pickles and deep copies of an
-    optimizer keep the state, but not the attached memory: attach one to the copy.
+    ``load_state_dict`` brings it back; attach a memory before loading (torch rounds what it does
+    not know; where that has cost something, attaching afterwards is refused). A checkpoint without
+    it is loaded as well, and the copies are made anew by the next step. Pickles and deep copies of
+    an optimizer keep the state, but not the attached memory: attach one to the copy.
 
     Args:
         optimizer: the optimizer; wrappers (as Accelerate's) are looked through.
@@ -84,7 +85,8 @@ class WeightMemory:
 
     Raises:
         TypeError: no ``torch.optim.Optimizer``.
-        ValueError: a setting is invalid (with the group's name), or the optimizer has a memory.
+        ValueError: a setting is invalid (with the group's name), the optimizer has a memory, or its
+            state has one that was loaded without this class and rounded.
 
     Example::
 
@@ -157,6 +159,13 @@ class WeightMemory:
         self._loading: Loading | None = None
 
         found = [self._group_settings(i, g) for i, g in enumerate(optimizer.param_groups)]
+        dtypes = [
+            g.get("memory_dtype", self._defaults["memory_dtype"]) for g in optimizer.param_groups
+        ]
+        with torch.no_grad():
+            changes = found_in_state(optimizer, list(zip(found, dtypes)))
+        for entries, key, value in changes:
+            entries[key] = value
         for group, settings in zip(optimizer.param_groups, found):
             self._write_settings(group, settings)
         self._handles: list[RemovableHandle] = [

@@ -188,6 +188,67 @@ def test_a_broken_checkpoint_is_refused_before_anything_changes(what):
     assert memory.weights(1)[0] is twin.state[params[0]]["memory_1"]
 
 
+def loaded_too_early(dtype, steps, memory_dtype=None):
+    """The optimizer and its parameters, its state loaded before there is a memory; and its twin."""
+    params = make_params(*SHAPES, dtype=dtype)
+    optimizer = torch.optim.AdamW(params, lr=0.1)
+    WeightMemory(optimizer, (2, 5), 0.3, 0.2, dtype=memory_dtype)
+    train(optimizer, params, range(steps))
+    late_params = clone_params(params)
+    late = torch.optim.AdamW(late_params, lr=0.1)
+    late.load_state_dict(through_a_file(optimizer.state_dict()))
+    return late, late_params, optimizer, params
+
+
+@pytest.mark.parametrize(
+    "dtype, memory_dtype",
+    [
+        (torch.float32, None),
+        (torch.float64, "float32"),
+        (torch.float32, "bfloat16"),
+        (torch.bfloat16, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_attaching_after_loading_takes_over_what_is_exact(dtype, memory_dtype):
+    late, late_params, optimizer, params = loaded_too_early(dtype, 3, memory_dtype)
+    assert late.state[late_params[0]]["memory_count"].dtype == dtype  # as torch has cast it
+    WeightMemory(late)
+    for opt, ps in ((optimizer, params), (late, late_params)):
+        train(opt, ps, range(3, 9))
+    assert_same_tensors(params, late_params)
+    assert_same_state(optimizer, late)
+
+
+@pytest.mark.parametrize(
+    "dtype, memory_dtype, count, message",
+    [
+        (torch.bfloat16, None, None, "'memory_1'.*bfloat16, rounded from torch.float32"),
+        (torch.float32, "float64", None, "'memory_1'.*float32, rounded from torch.float64"),
+        (torch.bfloat16, "bfloat16", 256, "'memory_count'.*256 in torch.bfloat16"),
+    ],
+    ids=str,
+)
+def test_attaching_after_loading_is_refused_where_something_was_lost(
+    dtype, memory_dtype, count, message
+):
+    late, late_params, *_ = loaded_too_early(dtype, 3, memory_dtype)
+    if count is not None:
+        for p in late_params:
+            late.state[p]["memory_count"].fill_(count)
+    before = copy.deepcopy(late.state_dict())
+    with pytest.raises(ValueError, match=message + ".*Attach the memory first"):
+        WeightMemory(late)
+    assert before["param_groups"] == late.state_dict()["param_groups"]
+
+
+def test_attaching_to_counts_that_differ_is_refused():
+    late, late_params, *_ = loaded_too_early(torch.float32, 3)
+    late.state[late_params[1]]["memory_count"].fill_(7)
+    with pytest.raises(ValueError, match=r"disagrees on memory_count.*\[3, 7\]"):
+        WeightMemory(late)
+
+
 @pytest.mark.parametrize("copies", ["pickle", "deepcopy"])
 def test_copies_of_an_optimizer_keep_the_levels_and_take_a_new_memory(copies):
     params = make_params(*SHAPES)
