@@ -33,7 +33,7 @@ from .memory_levels import (
     mixture,
     resolve_level,
 )
-from .memory_reading import refusing
+from .memory_reading import modes_kept, refusing
 from .tensors import capturing, local
 
 
@@ -484,7 +484,8 @@ class WeightMemory:
                     target.copy_(value)
             with refusing(self.optimizer, self._refuse_while_reading):
                 if update_bn is not None and self._buffers.model is not None:
-                    torch.optim.swa_utils.update_bn(update_bn, self._buffers.model, device)
+                    with modes_kept(self._buffers.model):
+                        torch.optim.swa_utils.update_bn(update_bn, self._buffers.model, device)
                 yield self
         finally:
             self._reading = False

@@ -219,6 +219,25 @@ def test_statistics_can_be_computed_anew_for_a_read_out():
     assert_same_tensors(list(model.buffers()), live)
 
 
+def test_a_loader_that_fails_leaves_the_model_as_it_was():
+    model, memory, _ = batchnorm_run()
+    model.eval()
+    model[2].train()  # each module has its own mode
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loader():
+        yield torch.randn(8, 4)
+        raise OSError("no disk")
+
+    with pytest.raises(OSError, match="no disk"), memory.read_out(update_bn=loader()):
+        pass
+    assert [m.training for m in model.modules()] == [False, False, False, True]
+    assert model[1].momentum == 0.1
+    assert_same_tensors(list(model.state_dict().values()), list(before.values()))
+    with memory.read_out(update_bn=[torch.randn(8, 4)]):
+        assert [m.training for m in model.modules()] == [False, False, False, True]
+
+
 def test_statistics_need_the_model():
     _, _, memory = trained()
     with pytest.raises(ValueError, match="buffers_from=model"), memory.read_out(update_bn=[]):
