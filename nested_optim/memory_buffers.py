@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ BUFFERS = "memory_buffers"
 class BufferAverages:
     """A level's buffers are written by the faster level's, but nothing is pulled.
 
-    They are no parameters and have no state, so they lie in the optimizer's first group.
+    They are no parameters and have no state, so they lie in the optimizer's first group. Their
+    settings are those of the first group that has a memory.
     """
 
-    def __init__(self, model: nn.Module | None, optimizer: Optimizer, settings: Settings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: nn.Module | None, optimizer: Optimizer) -> None:
+        self.model, self.settings = model, Settings((), (), ())
         self._optimizer = optimizer
+
+    def follow(self, groups: Iterable[Settings]) -> None:
+        """Go by the settings of the groups."""
+        self.settings = _first(groups)
 
     def live(self) -> list[Tensor]:
         """The buffers that are averaged."""
@@ -37,10 +43,17 @@ class BufferAverages:
         return self._optimizer.param_groups[0].get(BUFFERS)
 
     def make(self) -> None:
-        """Begin at the live buffers, if there are no averages."""
-        group = self._optimizer.param_groups[0]
-        if (buffers := self.live()) and BUFFERS not in group:
-            group[BUFFERS] = flat(buffers).expand(self.settings.levels, -1).clone()
+        """Begin at the live buffers where there are no averages; keep no more than are needed."""
+        group, levels = self._optimizer.param_groups[0], self.settings.levels
+        if not (buffers := self.live()):
+            return
+        known = 0 if self.rows is None else len(self.rows)
+        if not levels:
+            group.pop(BUFFERS, None)
+        elif known != levels:
+            kept = () if self.rows is None else self.rows[:levels]
+            begun = flat(buffers).expand(max(0, levels - known), -1)
+            group[BUFFERS] = torch.cat([*(row[None] for row in kept), begun])
 
     def exchange(self, count: int) -> None:
         """The writes that are due after step ``count``."""
@@ -66,26 +79,32 @@ class BufferAverages:
 
     def read(self, level: Any) -> list[tuple[Tensor, Tensor]]:
         """The buffers, each with what it is in a read-out."""
-        buffers, rows = self.live(), self.rows
-        if not buffers or rows is None:
+        buffers, rows, levels = self.live(), self.rows, self.settings.levels
+        if not buffers or rows is None or not levels or len(rows) < levels:
             return []
-        mixed = mix([flat(buffers), *rows], mixture(level, self.settings.levels, "the buffers"))
+        mixed = mix([flat(buffers), *rows[:levels]], mixture(level, levels, "the buffers"))
         parts = mixed.split([b.numel() for b in buffers])
         return [(b, part.view_as(b)) for b, part in zip(buffers, parts)]
 
-    def check(self, rows: Tensor | None) -> None:
-        """Refuse averages of a checkpoint that are not of these buffers."""
+    def check(self, rows: Tensor | None, groups: Iterable[Settings]) -> None:
+        """Refuse averages of a checkpoint, with its groups' settings, if they are of others."""
         if rows is None or not (buffers := self.live()):
             return
-        wanted = (self.settings.levels, sum(b.numel() for b in buffers))
+        wanted = (_first(groups).levels, sum(b.numel() for b in buffers))
         if tuple(rows.shape) != wanted:
             raise ValueError(
                 f"checkpoint's averages of buffers have shape {tuple(rows.shape)}, where "
                 f"this model and these frequencies need {wanted}"
             )
 
-    def settle(self) -> None:
-        """Bring what a checkpoint held to the buffers' device and dtype."""
+    def settle(self, loaded: bool) -> None:
+        """Bring what a checkpoint held to the buffers' device and dtype; forget what it did not."""
+        if not loaded and self.model is not None:
+            self._optimizer.param_groups[0].pop(BUFFERS, None)
         if (rows := self.rows) is not None and (buffers := self.live()):
             rows = rows.to(device=buffers[0].device, dtype=flat(buffers).dtype)
             self._optimizer.param_groups[0][BUFFERS] = rows
+
+
+def _first(groups: Iterable[Settings]) -> Settings:
+    return next((settings for settings in groups if settings.levels), Settings((), (), ()))

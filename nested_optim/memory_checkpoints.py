@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .exchanges import Settings
+from .memory_buffers import BUFFERS
 from .memory_levels import COUNT, MEMORY_OPTIONS, copy_dtype, group_label, is_memory_key
 from .rules.exchange import narrower
 from .tensors import laid_out_like, local
@@ -25,10 +26,12 @@ class Loading(NamedTuple):
     copies: dict[Tensor, dict[str, Any]]
     groups: list[dict[str, Any]]
     steps: int
+    settings: list[Settings]  # that groups will have
+    rows: Tensor | None  # averages of buffers
 
 
 def look_at(
-    optimizer: Optimizer, state_dict: dict[str, Any], check_group: Callable[[int, Any], Any]
+    optimizer: Optimizer, state_dict: dict[str, Any], check_group: Callable[[int, Any], Settings]
 ) -> Loading:
     """Check what the checkpoint has of a memory, and keep it; changes nothing.
 
@@ -37,11 +40,13 @@ def look_at(
     """
     copies: dict[Tensor, dict[str, Any]] = {}
     counts = set()
+    settings = []
     for at, (live, saved) in enumerate(
         zip(optimizer.param_groups, state_dict.get("param_groups", ()))
     ):
         saved_keys = {k: saved[k] for k in MEMORY_OPTIONS if k in saved}
-        check_group(at, {**{k: live.get(k) for k in MEMORY_OPTIONS}, **saved_keys})
+        merged = {**{k: live.get(k) for k in MEMORY_OPTIONS}, **saved_keys}
+        settings.append(check_group(at, merged))
         for key, p in zip(saved["params"], live["params"]):
             entries = state_dict["state"].get(key, {})
             own = {k: v for k, v in entries.items() if is_memory_key(k)}
@@ -60,7 +65,8 @@ def look_at(
             f"{sorted(counts)}"
         )
     groups = [{k: group.get(k) for k in MEMORY_OPTIONS} for group in optimizer.param_groups]
-    return Loading(copies, groups, max(counts, default=0))
+    rows = next((saved.get(BUFFERS) for saved in state_dict.get("param_groups", ())), None)
+    return Loading(copies, groups, max(counts, default=0), settings, rows)
 
 
 def restore_settings(optimizer: Optimizer, loading: Loading) -> None:
@@ -157,5 +163,5 @@ def _exact_count(count: Tensor, where: str) -> int:
 def _lost(what: str, why: str) -> ValueError:
     return ValueError(
         f"{what} {why}: the state was loaded before there was a WeightMemory, and torch rounds "
-        "what it loads to the parameter's dtype. Attach the memory first, then call load_state_dict()"
+        "what it loads to the parameter's dtype. Attach the memory first, then load"
     )

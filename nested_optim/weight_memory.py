@@ -71,8 +71,8 @@ class WeightMemory:
         dtype: of the copies. Default: the parameter's, but at least float32. With ``bfloat16`` they
             take half the memory, and small writes are lost to rounding.
         buffers_from: the module whose floating-point buffers (BatchNorm's statistics) are averaged
-            too: they are written, but never pulled, with the frequencies and rates given here.
-            :meth:`read_out` then swaps them together with the weights.
+            too: they are written, but never pulled, with the frequencies and rates of the first
+            group that has any. :meth:`read_out` then swaps them together with the weights.
         preset: ``"continual"`` (for streams without replay) or ``"replay"``: settings for what is
             not given above, and what :meth:`read_out` reads by default. Its rates are those of two
             levels: with another number of frequencies, give ``write`` and ``pull`` too.
@@ -139,9 +139,7 @@ class WeightMemory:
         self._read = PRESETS[preset].read if preset is not None else -1
         self.optimizer = optimizer
         self._capturable = capturable
-        self._buffers = BufferAverages(buffers_from, optimizer, own)
-        if buffers_from is not None and not own.levels:
-            raise ValueError("buffers_from needs frequencies: there is no level to average them in")
+        self._buffers = BufferAverages(buffers_from, optimizer)
         self._checked: dict[tuple[Any, ...], Settings] = {}
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
         self._params: list[Tensor] = []
@@ -159,6 +157,9 @@ class WeightMemory:
         self._loading: Loading | None = None
 
         found = [self._group_settings(i, g) for i, g in enumerate(optimizer.param_groups)]
+        if buffers_from is not None and not any(settings.levels for settings in found):
+            raise ValueError("buffers_from needs frequencies: there is no level to average them in")
+        self._buffers.follow(found)
         dtypes = [
             g.get("memory_dtype", self._defaults["memory_dtype"]) for g in optimizer.param_groups
         ]
@@ -276,6 +277,7 @@ class WeightMemory:
             work.append((group, fresh, [p.grad for p in fresh]))
         for group, settings in groups:
             self._write_settings(group, settings)
+        self._buffers.follow(settings for _, settings in groups)
         self._buffers.make()
         withdraw(optimizer)
         self._run.renew()
@@ -470,6 +472,7 @@ class WeightMemory:
         if update_bn is not None and self._buffers.model is None:
             raise ValueError("update_bn needs the model: attach the memory with buffers_from=model")
         level = self._read if level is None else level
+        self._buffers.follow(settings for _, settings in self._groups())
         with torch.no_grad():
             swaps = self._read_params(level) + self._buffers.read(level)
             live = [target.clone() for target, _ in swaps]
@@ -530,8 +533,7 @@ class WeightMemory:
         self._refuse_while_reading("optimizer.load_state_dict()")
         self._loading = None
         loading = look_at(optimizer, state_dict, self._group_settings)
-        for saved in state_dict.get("param_groups", ())[:1]:
-            self._buffers.check(saved.get(BUFFERS))
+        self._buffers.check(loading.rows, loading.settings)
         self._loading = loading
 
     @torch.no_grad()
@@ -543,7 +545,8 @@ class WeightMemory:
             self._write_settings(group, settings)
         if loading is not None:
             restore_copies(optimizer, loading)
-        self._buffers.settle()
+        self._buffers.settle(loaded=loading is not None and loading.rows is not None)
+        self._buffers.follow(settings for _, settings in self._groups())
         self._let_go()
 
 

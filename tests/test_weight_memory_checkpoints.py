@@ -322,17 +322,31 @@ def test_averages_of_buffers_ride_along():
             optimizer.step()
 
     model, optimizer, memory = build()
-    go(model, optimizer, range(3))
+    go(model, optimizer, range(1))
+    bare = torch.optim.AdamW(model.parameters(), lr=0.1).state_dict()
+    bare = {**bare, "state": {}}
+    go(model, optimizer, range(1, 3))
     saved = through_a_file([model.state_dict(), optimizer.state_dict()])
     go(model, optimizer, range(3, 7))
     other, resumed, its_memory = build()
     other.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
+    resumed.load_state_dict(copy.deepcopy(saved[1]))
     go(other, resumed, range(3, 7))
     for level in (1, 2, "mean"):
         a, b = memory.model_state_dict(model, level), its_memory.model_state_dict(other, level)
         assert_same_tensors(list(a.values()), list(b.values()))
     wrong = copy.deepcopy(saved[1])
+    other.load_state_dict(saved[0])
+    faster = torch.optim.AdamW(other.parameters(), lr=0.1)
+    its_memory = WeightMemory(faster, (3,), 0.3, 0.4, buffers_from=other)
+    with pytest.warns(UserWarning, match="memory_frequencies"):
+        faster.load_state_dict(copy.deepcopy(saved[1]))  # whose frequencies win, for buffers too
+    go(other, faster, range(3, 7))
+    for level in (1, 2):
+        a, b = memory.model_state_dict(model, level), its_memory.model_state_dict(other, level)
+        assert_same_tensors(list(a.values()), list(b.values()))
+    faster.load_state_dict(bare)
+    assert "memory_buffers" not in faster.param_groups[0]
     wrong["param_groups"][0]["memory_buffers"] = torch.zeros(2, 5)
     with pytest.raises(ValueError, match="averages of buffers"):
         resumed.load_state_dict(wrong)

@@ -219,6 +219,37 @@ def test_statistics_can_be_computed_anew_for_a_read_out():
     assert_same_tensors(list(model.buffers()), live)
 
 
+def test_averages_of_buffers_go_by_the_groups_settings():
+    """Also when these change: a new level begins at the live buffers."""
+    model, memory, _ = batchnorm_run()
+    group = memory.optimizer.param_groups[0]
+
+    def step():
+        memory.optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        memory.optimizer.step()
+
+    kept = group["memory_buffers"][0].clone()
+    group.update(memory_frequencies=(100, 200, 300), memory_write=0.5, memory_pull=0.1)
+    step()
+    live = torch.cat([model[1].running_mean, model[1].running_var])
+    rows = group["memory_buffers"]
+    assert rows.shape == (3, 6)
+    assert_same_tensors([rows[0], rows[2]], [kept, live])
+    group.update(memory_frequencies=(1,), memory_write=0.5, memory_pull=0.1)
+    step()
+    live = torch.cat([model[1].running_mean, model[1].running_var])
+    torch.testing.assert_close(group["memory_buffers"], (kept + 0.5 * (live - kept))[None])
+    with memory.read_out(1):
+        torch.testing.assert_close(model[1].running_mean, group["memory_buffers"][0, :3])
+    group["memory_frequencies"] = ()
+    step()
+    assert "memory_buffers" not in group
+    before = model[1].running_mean.clone()
+    with memory.read_out():
+        assert torch.equal(model[1].running_mean, before)
+
+
 def test_a_loader_that_fails_leaves_the_model_as_it_was():
     model, memory, _ = batchnorm_run()
     model.eval()
