@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -85,6 +86,18 @@ class BufferAverages:
         mixed = mix([flat(buffers), *rows[:levels]], mixture(level, levels, "the buffers"))
         parts = mixed.split([b.numel() for b in buffers])
         return [(b, part.view_as(b)) for b, part in zip(buffers, parts)]
+
+    def named(self, level: Any) -> OrderedDict[str, Tensor]:
+        """What the buffers are in a read-out, by their names."""
+        assert self.model is not None
+        shares = mixture(level, self.settings.levels, "the buffers")
+        read = dict(zip(map(id, self.live()), self.read(shares)))
+        named = self.model.named_buffers()
+        return OrderedDict(
+            (name, (read[id(b)][1] if id(b) in read else b).clone().to(b.dtype))
+            for name, b in named
+            if b.is_floating_point()
+        )
 
     def check(self, rows: Tensor | None, groups: Iterable[Settings]) -> None:
         """Refuse averages of a checkpoint, with its groups' settings, if they are of others."""

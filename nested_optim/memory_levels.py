@@ -17,6 +17,10 @@ MEMORY_OPTIONS = ("memory_frequencies", "memory_write", "memory_pull", "memory_d
 COUNT = "memory_count"
 
 
+class Default(tuple[Any, ...]):
+    """What nobody has given: a preset's values come before it."""
+
+
 class Preset(NamedTuple):
     """Settings under a name, with what to read out: -1 for the slowest, or ``"mean"`` of all.
 

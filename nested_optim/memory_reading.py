@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .exchanges import Settings
+from .memory_levels import group_label, mix, mixture
+from .tensors import local
 
 #: Methods that work on the live weights, for which optimizers have no hooks.
 _METHODS = ("add_param_group", "flush", "meta_update")
@@ -28,6 +34,45 @@ def refusing(optimizer: Optimizer, refuse: Callable[[str], None]) -> Iterator[No
         for name in _METHODS:
             own.pop(name, None)
         own.update(before)
+
+
+def read_params(
+    optimizer: Optimizer, groups: list[tuple[dict[str, Any], Settings]], level: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """The parameters that have copies, each with what it is in a read-out."""
+    swaps = []
+    for at, (group, settings) in enumerate(groups):
+        shares = mixture(level, settings.levels, group_label(at, group))
+        for p in group["params"]:
+            own = optimizer.state.get(p, {})
+            if settings.levels and settings.keys[-1] in own:
+                tensors = [local(p), *(local(own[key]) for key in settings.keys)]
+                swaps.append((tensors[0], mix(tensors, shares)))
+    return swaps
+
+
+@contextmanager
+def swapped(
+    swaps: list[tuple[Tensor, Tensor]], model: nn.Module | None, update_bn: Any, device: Any
+) -> Iterator[None]:
+    """Each tensor with another's values, and statistics computed anew; afterwards as it was."""
+    if update_bn is not None and model is not None:
+        known = {id(target) for target, _ in swaps}
+        swaps = swaps + [(b, b) for b in model.buffers() if id(b) not in known]
+    with torch.no_grad():
+        live = [target.clone() for target, _ in swaps]
+    try:
+        with torch.no_grad():
+            for target, value in swaps:
+                target.copy_(value)
+        if update_bn is not None and model is not None:
+            with modes_kept(model):
+                torch.optim.swa_utils.update_bn(update_bn, model, device)
+        yield
+    finally:
+        with torch.no_grad():
+            for (target, _), value in zip(swaps, live):
+                target.copy_(value)
 
 
 @contextmanager

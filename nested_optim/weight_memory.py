@@ -23,18 +23,19 @@ from .memory_levels import (
     COUNT,
     MEMORY_OPTIONS,
     PRESETS,
+    Default,
     dtype_name,
     group_label,
     is_memory_key,
     is_probe,
     level_key,
     make_copy,
-    mix,
-    mixture,
     resolve_level,
 )
-from .memory_reading import modes_kept, refusing
-from .tensors import capturing, local
+from .memory_reading import read_params, refusing, swapped
+from .tensors import capturing
+
+_FREQUENCIES, _RATES = Default((10, 50)), Default((0.5, 0.5))
 
 
 class WeightMemory:
@@ -63,11 +64,12 @@ class WeightMemory:
 
     Args:
         optimizer: the optimizer; wrappers (as Accelerate's) are looked through.
-        frequencies: steps between two exchanges of each pair, fastest pair first. Default (10, 50).
+        frequencies: steps between two exchanges of each pair, fastest pair first. Default (10, 50),
+            or a preset's.
         write: per level, how far the slower copy goes to the faster weights. One number serves all
-            levels. Default 0.5.
+            levels. Default 0.5 for each, or a preset's.
         pull: per level, how far the faster weights go to the slower copy; ``write + pull <= 1``.
-            Default 0.5.
+            Default 0.5 for each, or a preset's.
         dtype: of the copies. Default: the parameter's, but at least float32. With ``bfloat16`` they
             take half the memory, and small writes are lost to rounding.
         buffers_from: the module whose floating-point buffers (BatchNorm's statistics) are averaged
@@ -102,9 +104,9 @@ class WeightMemory:
     def __init__(
         self,
         optimizer: Optimizer,
-        frequencies: Sequence[int] | None = None,
-        write: float | Sequence[float] | None = None,
-        pull: float | Sequence[float] | None = None,
+        frequencies: Sequence[int] | None = _FREQUENCIES,
+        write: float | Sequence[float] | None = _RATES,
+        pull: float | Sequence[float] | None = _RATES,
         *,
         dtype: torch.dtype | str | None = None,
         buffers_from: nn.Module | None = None,
@@ -125,7 +127,7 @@ class WeightMemory:
                 f"this {type(optimizer).__name__} has a WeightMemory already: detach() it first"
             )
         base = PRESETS[preset][:3] if preset is not None else ((10, 50), 0.5, 0.5)
-        given = (frequencies, write, pull)
+        given = [None if isinstance(x, Default) else x for x in (frequencies, write, pull)]
         chosen = [b if g is None else g for g, b in zip(given, base)]
         own = check_settings(chosen[0], chosen[1], chosen[2])
         # Rates that are the same for all levels also serve groups with another number of levels.
@@ -468,54 +470,75 @@ class WeightMemory:
             ValueError: a group has no such level, or the weights do not sum to 1.
             RuntimeError: inside another ``read_out``.
         """
-        self._refuse_while_reading("read_out()")
-        if update_bn is not None and self._buffers.model is None:
+        model = self._buffers.model
+        if update_bn is not None and model is None:
             raise ValueError("update_bn needs the model: attach the memory with buffers_from=model")
-        level = self._read if level is None else level
-        self._buffers.follow(settings for _, settings in self._groups())
-        with torch.no_grad():
-            swaps = self._read_params(level) + self._buffers.read(level)
-            live = [target.clone() for target, _ in swaps]
-            if update_bn is not None and self._buffers.model is not None:
-                others = [b for b in self._buffers.model.buffers() if not b.is_floating_point()]
-                swaps += [(b, b) for b in others]
-                live += [b.clone() for b in others]
-        self._reading = True
-        try:
-            with torch.no_grad():
-                for target, value in swaps:
-                    target.copy_(value)
-            with refusing(self.optimizer, self._refuse_while_reading):
-                if update_bn is not None and self._buffers.model is not None:
-                    with modes_kept(self._buffers.model):
-                        torch.optim.swa_utils.update_bn(update_bn, self._buffers.model, device)
-                yield self
-        finally:
-            self._reading = False
-            with torch.no_grad():
-                for (target, _), value in zip(swaps, live):
-                    target.copy_(value)
+        with self._reading_out(level, model, update_bn, device):
+            yield self
 
     def model_state_dict(
-        self, model: nn.Module, level: int | str | Sequence[float] | None = None
+        self,
+        model: nn.Module,
+        level: int | str | Sequence[float] | None = None,
+        *,
+        update_bn: Iterable[Any] | None = None,
+        device: torch.device | int | None = None,
     ) -> OrderedDict[str, Any]:
-        """``model.state_dict()`` with the weights of :meth:`read_out`, in memory of its own."""
-        with self.read_out(level):
+        """``model.state_dict()`` with the weights of :meth:`read_out`, in memory of its own.
+
+        Args:
+            model: the module whose parameters the optimizer has.
+            level: as for :meth:`read_out`.
+            update_bn: a loader of inputs, from which the statistics of the model's BatchNorms are
+                computed anew for these weights. The model itself keeps those that it has.
+            device: where ``update_bn`` takes its inputs to.
+        """
+        with self._reading_out(level, model, update_bn, device):
             return OrderedDict(
                 (key, value.detach().clone() if isinstance(value, Tensor) else value)
                 for key, value in model.state_dict().items()
             )
 
-    def _read_params(self, level: Any) -> list[tuple[Tensor, Tensor]]:
-        swaps = []
-        for at, (group, settings) in enumerate(self._groups()):
-            shares = mixture(level, settings.levels, group_label(at, group))
-            for p in group["params"]:
-                own = self.optimizer.state.get(p, {})
-                if settings.levels and settings.keys[-1] in own:
-                    tensors = [local(p), *(local(own[key]) for key in settings.keys)]
-                    swaps.append((tensors[0], mix(tensors, shares)))
-        return swaps
+    def average_buffers(
+        self, level: int | str | Sequence[float] | None = None
+    ) -> OrderedDict[str, Tensor]:
+        """The averages of the buffers of ``buffers_from``, by the buffers' names.
+
+        They come without a pass over data, as :meth:`read_out` puts them in the module; statistics
+        computed anew (its ``update_bn``) fit the weights better. Before the first step these are
+        the live buffers.
+
+        Args:
+            level: as for :meth:`read_out`.
+
+        Returns:
+            Copies: to change them changes nothing.
+
+        Raises:
+            ValueError: the memory was attached without ``buffers_from``, or has no such level.
+        """
+        if self._buffers.model is None:
+            raise ValueError("no buffers are averaged: attach the memory with buffers_from=model")
+        self._buffers.follow(settings for _, settings in self._groups())
+        with torch.no_grad():
+            return self._buffers.named(self._read if level is None else level)
+
+    @contextmanager
+    def _reading_out(
+        self, level: Any, model: nn.Module | None, update_bn: Any, device: Any
+    ) -> Iterator[None]:
+        self._refuse_while_reading("read_out()")
+        level = self._read if level is None else level
+        self._buffers.follow(settings for _, settings in self._groups())
+        with torch.no_grad():
+            swaps = read_params(self.optimizer, self._groups(), level) + self._buffers.read(level)
+        self._reading = True
+        try:
+            refused = refusing(self.optimizer, self._refuse_while_reading)
+            with refused, swapped(swaps, model, update_bn, device):
+                yield
+        finally:
+            self._reading = False
 
     def _refuse_while_reading(self, what: str) -> None:
         if self._reading:

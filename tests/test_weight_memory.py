@@ -1,6 +1,7 @@
 """WeightMemory: the exchange rule, its special cases, and steps that must not count."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -493,6 +494,22 @@ def test_an_invalid_group_is_named_and_stops_the_step_before_it_moves():
 def test_a_typo_in_a_memory_option_is_told():
     with pytest.raises(ValueError, match="did you mean 'memory_frequencies'"):
         NestedOptimizer([{"params": make_params((3,)), "memory_frequency": (3,)}], lr=0.1)
+
+
+def test_the_signature_says_the_defaults_and_presets_come_before_them():
+    own = inspect.signature(WeightMemory).parameters
+    assert (own["frequencies"].default, own["write"].default) == ((10, 50), (0.5, 0.5))
+    group = {}
+    for preset in (None, "continual"):
+        optimizer = torch.optim.SGD(make_params((3,)), lr=0.1)
+        WeightMemory(optimizer, preset=preset, write=None)
+        group[preset] = optimizer.param_groups[0]
+    assert group[None]["memory_frequencies"] == (10, 50)
+    assert group["continual"]["memory_frequencies"] == (5, 50)
+    assert group["continual"]["memory_write"] == (0.2, 0.2)
+    optimizer = torch.optim.SGD(make_params((3,)), lr=0.1)
+    WeightMemory(optimizer, (3, 4, 5))  # one rate for all serves any number of levels
+    assert optimizer.param_groups[0]["memory_pull"] == (0.5, 0.5, 0.5)
 
 
 def test_one_memory_per_optimizer():

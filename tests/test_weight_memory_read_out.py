@@ -219,6 +219,52 @@ def test_statistics_can_be_computed_anew_for_a_read_out():
     assert_same_tensors(list(model.buffers()), live)
 
 
+@pytest.mark.parametrize("level", [None, 0, 1, "mean", (0.5, 0.25, 0.25)], ids=str)
+def test_averages_of_buffers_are_given_by_name(level):
+    model, memory, _ = batchnorm_run()
+    given = memory.average_buffers() if level is None else memory.average_buffers(level)
+    assert list(given) == ["1.running_mean", "1.running_var"]
+    with memory.read_out(level):
+        assert_same_tensors(list(given.values()), [model[1].running_mean, model[1].running_var])
+    given["1.running_mean"].zero_()
+    assert memory.average_buffers()["1.running_mean"].any()
+
+
+def test_averages_of_buffers_need_the_model_and_begin_live():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = WeightMemory(optimizer, (2,), buffers_from=model)
+    assert torch.equal(memory.average_buffers(1)["1.running_var"], torch.ones(3))
+    with pytest.raises(ValueError, match="no level 4"):
+        memory.average_buffers(4)
+    with memory.read_out(update_bn=[torch.randn(8, 4)]):  # before there is anything to swap
+        assert model[1].running_mean.any()
+    assert not model[1].running_mean.any()
+    memory.detach()
+    with pytest.raises(ValueError, match="buffers_from=model"):
+        WeightMemory(optimizer).average_buffers()
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_read_out_is_exported_with_statistics_of_its_own(averaged):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    memory = WeightMemory(optimizer, (2,), buffers_from=model if averaged else None)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    inputs = [torch.randn(16, 4) for _ in range(3)]
+    exported = memory.model_state_dict(model, 1, update_bn=iter(inputs))
+    hidden = torch.cat([x @ exported["0.weight"].T + exported["0.bias"] for x in inputs])
+    torch.testing.assert_close(exported["1.running_mean"], hidden.mean(0), rtol=1e-4, atol=1e-5)
+    assert exported["1.num_batches_tracked"] == 3
+    assert torch.equal(exported["0.weight"], memory.weights(1)[0])
+    assert_same_tensors(list(model.state_dict().values()), list(before.values()))
+
+
 def test_averages_of_buffers_go_by_the_groups_settings():
     """Also when these change: a new level begins at the live buffers."""
     model, memory, _ = batchnorm_run()
