@@ -104,24 +104,25 @@ def restore_copies(optimizer: Optimizer, loading: Loading) -> None:
                     del own[key]
 
 
-def found_in_state(
-    optimizer: Optimizer, groups: list[tuple[Settings, str | None]]
-) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """What of a memory's state, put there before it was attached, is to be replaced, and by what.
+@torch.no_grad()
+def take_over(optimizer: Optimizer, groups: list[Settings], default: str | None) -> None:
+    """Bring a memory's state, put there before it was attached, to the dtypes that it has to have.
 
     An optimizer that loads a checkpoint without a memory rounds it to the parameters' dtypes.
 
     Args:
-        groups: the settings and the copies' dtype of each group.
+        groups: the settings of each group.
+        default: dtype of the copies where a group has none of its own.
 
     Raises:
-        ValueError: something was lost.
+        ValueError: something was lost. Nothing has changed.
     """
     changes: list[tuple[dict[str, Any], str, Tensor]] = []
     counts: dict[int, Tensor] = {}
     known: dict[int, int] = {}  # by id: copies of an optimizer share one
     members = []
-    for at, (group, (settings, dtype)) in enumerate(zip(optimizer.param_groups, groups)):
+    for at, (group, settings) in enumerate(zip(optimizer.param_groups, groups)):
+        dtype = group.get("memory_dtype", default)
         where = f"of a parameter of {group_label(at, group)}"
         for p in group["params"] if settings.levels else ():
             own = optimizer.state.get(p, {})
@@ -148,7 +149,8 @@ def found_in_state(
         if count.dtype != torch.int64 or len(known) > 1:
             count = torch.tensor(steps, dtype=torch.int64)
             changes += [(own, COUNT, count) for own in members]
-    return changes
+    for own, key, value in changes:
+        own[key] = value
 
 
 def _exact_count(count: Tensor, where: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import find_state_probes
+from .rules.kahan import kahan_join
 from .tensors import resolve_dtype
 
 #: options of a memory that ride in each param group
@@ -80,12 +81,14 @@ def mixture(level: Any, n_slow: int, where: str) -> list[float]:
     if level == "mean":
         return [1 / size] * size
     if isinstance(level, Sequence) and not isinstance(level, str):
+        if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in level):
+            raise ValueError(f"the weights of levels must be numbers, but are {level!r}")
         if n_slow and len(level) != size:
             raise ValueError(
                 f"{len(level)} weights were given for the {size} levels of {where}: give one per "
                 "level, the live one first"
             )
-        if abs(sum(level) - 1) > 1e-6:
+        if not abs(sum(level) - 1) <= 1e-6:
             raise ValueError(f"the weights of levels must sum to 1, but sum to {sum(level)}")
         return list(level) if n_slow else [1.0]
     chosen = resolve_level(level, n_slow, where)
@@ -109,9 +112,14 @@ def copy_dtype(param: Tensor, name: str | None) -> torch.dtype:
     return dtype.to_complex() if param.is_complex() else dtype
 
 
-def make_copy(param: Tensor, name: str | None) -> Tensor:
+def make_copy(param: Tensor, name: str | None, comp: Tensor | None = None) -> Tensor:
+    """A copy of the weights; of compensated ones, with what rounding has taken from them."""
+    dtype = copy_dtype(param, name)
     copied = param.detach().clone(memory_format=torch.preserve_format)
-    return copied.to(copy_dtype(param, name))
+    if comp is not None:
+        wide = torch.promote_types(param.dtype, torch.float32)
+        return kahan_join(copied, comp, wide).to(dtype)
+    return copied.to(dtype)
 
 
 def is_probe(work: list[tuple[dict[str, Any], list[Tensor], list[Any]]]) -> bool:

@@ -18,7 +18,7 @@ from .exchanges import Exchanges, Settings, check_settings
 from .fused import JoinedExchange
 from .joined import ask, withdraw
 from .memory_buffers import BUFFERS, BufferAverages
-from .memory_checkpoints import Loading, found_in_state, look_at, restore_copies, restore_settings
+from .memory_checkpoints import Loading, look_at, restore_copies, restore_settings, take_over
 from .memory_levels import (
     COUNT,
     MEMORY_OPTIONS,
@@ -162,15 +162,9 @@ class WeightMemory:
         if buffers_from is not None and not any(settings.levels for settings in found):
             raise ValueError("buffers_from needs frequencies: there is no level to average them in")
         self._buffers.follow(found)
-        dtypes = [
-            g.get("memory_dtype", self._defaults["memory_dtype"]) for g in optimizer.param_groups
-        ]
-        with torch.no_grad():
-            changes = found_in_state(optimizer, list(zip(found, dtypes)))
-        for entries, key, value in changes:
-            entries[key] = value
-        for group, settings in zip(optimizer.param_groups, found):
-            self._write_settings(group, settings)
+        take_over(optimizer, found, self._defaults["memory_dtype"])
+        self._given: list[set[str]] = []  # options that each group had of its own
+        self._write_all(list(zip(optimizer.param_groups, found)))
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -180,14 +174,19 @@ class WeightMemory:
         ]
 
     def detach(self) -> None:
-        """Leave the optimizer: no more exchanges, and the copies and settings are removed."""
+        """Leave the optimizer: no more exchanges, and copies and settings are removed.
+
+        Options that a group had before the memory stay. There is nothing to read out any more.
+        """
         self._refuse_while_reading("detach()")
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for group in self.optimizer.param_groups:
+        for at, group in enumerate(self.optimizer.param_groups):
+            given = self._given[at] if at < len(self._given) else set(group)
             for key in (*MEMORY_OPTIONS, BUFFERS):
-                group.pop(key, None)
+                if key not in given:
+                    group.pop(key, None)
             for p in group["params"]:
                 state = self.optimizer.state.get(p, {})
                 for key in list(filter(is_memory_key, state)):
@@ -201,6 +200,18 @@ class WeightMemory:
         self._run.forget()
         if (fused := withdraw(self.optimizer)) is not None:
             fused.forget()  # it remembers what the state was
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a WeightMemory is neither copied nor pickled: the copies of the weights lie in its "
+            "optimizer's state. Copy that, and attach a WeightMemory to the copy"
+        )
+
+    def _refuse_if_detached(self, what: str) -> None:
+        if not self._handles:
+            raise RuntimeError(
+                f"{what}: this WeightMemory was detached, and its copies are gone; attach a new one"
+            )
 
     # ------------------------------------------------------------------ settings
 
@@ -219,6 +230,12 @@ class WeightMemory:
             dtype_name(dtype, where)
         self._checked[(*settings, dtype)] = settings
         return settings
+
+    def _write_all(self, groups: list[tuple[dict[str, Any], Settings]]) -> None:
+        for group, _ in groups[len(self._given) :]:
+            self._given.append(set(group) & set(MEMORY_OPTIONS))
+        for group, settings in groups:
+            self._write_settings(group, settings)
 
     def _write_settings(self, group: dict[str, Any], settings: Settings) -> None:
         group["memory_frequencies"] = settings.frequencies
@@ -244,7 +261,7 @@ class WeightMemory:
         closure = any(map(callable, (*args[1:], *kwargs.values())))
         if same and self._settled and self._options() == self._seen and self._intact():
             self._pending = {
-                p: {key: make_copy(p, dtype) for key in keys}
+                p: self._copies(p, keys, dtype)
                 for p, (keys, dtype) in self._waiting.items()
                 if p.grad is not None or (closure and p.requires_grad)
             }
@@ -274,11 +291,10 @@ class WeightMemory:
                 lacking = [key for key in settings.keys if key not in state]
                 if lacking and (p.grad is not None or (closure and p.requires_grad)):
                     dtype = group.get("memory_dtype", self._defaults["memory_dtype"])
-                    pending[p] = {key: make_copy(p, dtype) for key in lacking}
+                    pending[p] = self._copies(p, lacking, dtype)
                     fresh.append(p)
             work.append((group, fresh, [p.grad for p in fresh]))
-        for group, settings in groups:
-            self._write_settings(group, settings)
+        self._write_all(groups)
         self._buffers.follow(settings for _, settings in groups)
         self._buffers.make()
         withdraw(optimizer)
@@ -287,6 +303,10 @@ class WeightMemory:
         self._params, self._seen = params, self._options()
         self._pending, self._settled = pending, False
         self._probe = bool(pending) and not (known or closure) and is_probe(work)
+
+    def _copies(self, p: Tensor, keys: list[str], dtype: str | None) -> dict[str, Tensor]:
+        comp = self.optimizer.state.get(p, {}).get("kahan_comp")
+        return {key: make_copy(p, dtype, comp) for key in keys}
 
     def _intact(self) -> bool:
         """Whether every copy is where it was: nobody has cleared, filled or replaced a state."""
@@ -432,7 +452,10 @@ class WeightMemory:
 
         Raises:
             ValueError: a group has no such level.
+            RuntimeError: the memory was detached, and these are not the live weights.
         """
+        if level != 0:
+            self._refuse_if_detached(f"weights({level!r})")
         found = []
         for at, (group, settings) in enumerate(self._groups()):
             level_here = resolve_level(level, settings.levels, group_label(at, group))
@@ -468,7 +491,7 @@ class WeightMemory:
 
         Raises:
             ValueError: a group has no such level, or the weights do not sum to 1.
-            RuntimeError: inside another ``read_out``.
+            RuntimeError: inside another ``read_out``, or the memory was detached.
         """
         model = self._buffers.model
         if update_bn is not None and model is None:
@@ -519,6 +542,7 @@ class WeightMemory:
         """
         if self._buffers.model is None:
             raise ValueError("no buffers are averaged: attach the memory with buffers_from=model")
+        self._refuse_if_detached("average_buffers()")
         self._buffers.follow(settings for _, settings in self._groups())
         with torch.no_grad():
             return self._buffers.named(self._read if level is None else level)
@@ -528,6 +552,7 @@ class WeightMemory:
         self, level: Any, model: nn.Module | None, update_bn: Any, device: Any
     ) -> Iterator[None]:
         self._refuse_while_reading("read_out()")
+        self._refuse_if_detached("read_out()")
         level = self._read if level is None else level
         self._buffers.follow(settings for _, settings in self._groups())
         with torch.no_grad():
@@ -564,8 +589,7 @@ class WeightMemory:
         loading, self._loading = self._loading, None
         if loading is not None:
             restore_settings(optimizer, loading)
-        for group, settings in self._groups():
-            self._write_settings(group, settings)
+        self._write_all(self._groups())
         if loading is not None:
             restore_copies(optimizer, loading)
         self._buffers.settle(loaded=loading is not None and loading.rows is not None)

@@ -543,6 +543,19 @@ def test_detaching_leaves_the_bare_optimizer():
     assert_same_state(optimizer, bare)
 
 
+def test_detaching_leaves_what_the_caller_has_set():
+    params = make_params((3,), (4,), (5,))
+    groups = [{"params": params[:1], "memory_frequencies": [7]}, {"params": params[1:2]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    memory = WeightMemory(optimizer, (2,))
+    optimizer.add_param_group({"params": params[2:], "memory_dtype": "bfloat16"})
+    train(optimizer, params, range(2))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    memory.detach()
+    own = [{k: v for k, v in g.items() if "memory" in k} for g in optimizer.param_groups]
+    assert own == [{"memory_frequencies": (7,)}, {}, {"memory_dtype": "bfloat16"}]
+
+
 def test_a_parameter_of_another_shape_is_refused():
     params = make_params((3,))
     optimizer = torch.optim.SGD(params, lr=0.1)
@@ -604,6 +617,18 @@ def test_compensated_weights_exchange_with_their_compensation():
     joined = rules.kahan_join(p.detach(), optimizer.state[p]["kahan_comp"], torch.float32)
     torch.testing.assert_close(joined, memory.weights(1)[0], rtol=1e-4, atol=0)
     assert 255.0 < joined[0] < 256.0  # eight halved steps of 0.1
+
+
+def test_copies_of_compensated_weights_have_the_compensation():
+    p = Parameter(torch.full((8,), 256.0, dtype=torch.bfloat16))
+    optimizer = NestedOptimizer([p], lr=0.1, weight_decay=0.0, kahan_sum=True)
+    for _ in range(3):
+        step_with(optimizer, [p], [torch.ones_like(p)])
+    joined = rules.kahan_join(p.detach(), optimizer.state[p]["kahan_comp"], torch.float32)
+    assert not torch.equal(joined, p.detach().float())
+    memory = WeightMemory(optimizer, (10,))  # late
+    step_with(optimizer, [p], [torch.ones_like(p)])
+    assert_same_tensors(memory.weights(1), [joined])
 
 
 def test_a_compiled_step_runs_the_exchange():

@@ -266,6 +266,14 @@ def test_copies_of_an_optimizer_keep_the_levels_and_take_a_new_memory(copies):
     assert_same_state(optimizer, copied)
 
 
+@pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_memory_is_not_copied_itself(copies):
+    """Copies would watch an optimizer that knows nothing of them."""
+    memory = WeightMemory(torch.optim.AdamW(make_params((3,))))
+    with pytest.raises(TypeError, match="attach a WeightMemory to the copy"):
+        copies(memory)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, NestedOptimizer])
 def test_distributed_checkpoints_bring_the_memory_back(cls, flatten):

@@ -118,6 +118,9 @@ def test_a_run_that_was_read_out_is_the_run_that_was_not():
         (1.5, "integer, 'mean'"),
         ((0.5, 0.5), "2 weights were given for the 3 levels"),
         ((0.5, 0.5, 0.5), "sum to 1"),
+        ((float("nan"), 0.5, 0.5), "sum to 1"),
+        (["a", 1.0], "must be numbers"),
+        ((None, 0.5, 0.5), "must be numbers"),
     ],
     ids=str,
 )
@@ -127,6 +130,22 @@ def test_a_level_that_is_not_there_is_refused(level, message):
     with pytest.raises(ValueError, match=message), memory.read_out(level):
         pass
     assert_same_tensors(params, live)
+
+
+def test_there_is_nothing_to_read_after_detaching():
+    params, _, memory = trained()
+    memory.detach()
+    memory.detach()
+    for action in (
+        lambda: memory.weights(),
+        lambda: memory.weights(1),
+        lambda: memory.read_out().__enter__(),
+        lambda: memory.read_out(0).__enter__(),
+        lambda: memory.model_state_dict(nn.Linear(2, 2)),
+    ):
+        with pytest.raises(RuntimeError, match="was detached"):
+            action()
+    assert memory.weights(0) == params
 
 
 def test_groups_without_copies_are_read_live():
