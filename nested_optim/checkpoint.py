@@ -115,13 +115,20 @@ def find_state_probes(state: Any, work: list[Any]) -> set[Tensor]:
         if not pairs or float(lr.detach() if isinstance(lr, Tensor) else lr) != 0:
             continue
         for p, grad in pairs:
-            moves.append(whole((grad != 0).any()))  # ranks must decide alike
+            moves.append(whole((_stored(grad) != 0).any()))  # ranks must decide alike
             params.append(p)
     moved: dict[int, bool] = {}
     for device in {move.device for move in moves}:
         here = [i for i, move in enumerate(moves) if move.device == device]
         moved.update(zip(here, torch.stack([moves[i] for i in here]).tolist()))
     return {p for i, p in enumerate(params) if not moved[i]}
+
+
+def _stored(grad: Tensor) -> Tensor:
+    """What a gradient of any layout holds in memory."""
+    if grad.layout is torch.sparse_coo:
+        return grad._values()  # which may say an element in several parts
+    return grad if grad.layout is torch.strided else grad.values()
 
 
 def _check_sizes(live_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:

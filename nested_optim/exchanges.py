@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from . import kernels, rules
 from .levels import check_frequency
-from .rules.exchange import pull_after_write
-from .tensors import is_dtensor, local
+from .rules.exchange import narrower, pull_after_write
+from .tensors import capturing, is_dtensor, local
 
 #: Tables that are kept at once: a few per pair of levels.
 _MAX_TABLES = 64
@@ -116,19 +117,44 @@ def exchange_(
         work_u, work_v = [u.to(wide) for u in us], [v.to(wide) for v in vs]
         new_v = torch._foreach_lerp(work_v, work_u, write)
         if rate:
-            torch._foreach_copy_(us, torch._foreach_lerp(work_u, new_v, rate))
+            new_u = torch._foreach_lerp(work_u, new_v, rate)
+            if narrower(v_dtype, u_dtype):
+                # What rounds to its copy stays, though it is not the same number.
+                new_u = tuple(
+                    torch.where(u.to(v_dtype) == v, old, new)
+                    for u, v, old, new in zip(us, vs, work_u, new_u)
+                )
+            torch._foreach_copy_(us, new_u)
         torch._foreach_copy_(vs, new_v)
+
+
+#: The levels of some tensors, live first, with their settings and, where they have any, Kahan
+#: compensations of the live ones.
+Chains = tuple[Settings, Sequence[Sequence[Tensor]], Sequence[Tensor | None]]
 
 
 class Exchanges:
     """Exchanges of whatever tensors, each on the fastest path that serves it.
 
-    The kernels' tables are kept, and made anew when a tensor has moved.
+    The kernels' tables are kept, and made anew when a tensor has moved. They hold addresses, and no
+    tensor is kept alive but by a CUDA graph that reads it.
     """
 
     def __init__(self) -> None:
         self._tables: dict[Any, Any] = {}
         self._plans: dict[Any, _Plan] = {}
+        self._all: _Plan | None = None
+        self._captured: list[Any] = []
+
+    def forget(self) -> None:
+        """Drop the tables; captured graphs keep theirs."""
+        self._tables.clear()
+        self._plans.clear()
+        self._all = None
+
+    def renew(self) -> None:
+        """:meth:`on_device` will be given other tensors, or other settings."""
+        self._all = None
 
     def __call__(
         self,
@@ -139,86 +165,98 @@ class Exchanges:
         pull: float,
         *,
         comps: Sequence[Tensor | None] = (),
-        count: Tensor | None = None,
-        found_inf: Tensor | None = None,
     ) -> None:
         """Apply :func:`rules.exchange` to each pair, in place.
 
         Args:
             comps: where given, Kahan compensations of the faster tensors (None for those without).
-            count: steps, int64, 0-d, on a device that the host is not to wait for; then only if it
-                is a multiple of ``frequency`` and ``found_inf`` (likewise, optional) is 0.
         """
         if not len(faster):
             return
         call = (frequency, write, pull, len(faster), id(slower[0]))
         plan = self._plans.get(call)
-        if plan is None or not plan.fits(faster, slower, comps):
-            plan = self._plan(faster, slower, comps, frequency, write, pull)
+        if plan is None or any(c is not None for c in comps) or not plan.holds((faster, slower)):
+            settings = Settings((frequency,), (write,), (pull,))
+            plan = self._plan([(settings, (faster, slower), comps)])
             if plan.keeps:
                 self._plans[call] = plan
         for table in plan.tables:
-            if count is not None:
-                count_here = count.to(table.device)
-                skipped = found_inf.to(table.device) if found_inf is not None else None
-                table.launch(count_here, skipped)
-            else:
-                table.launch()
-        left = plan.left
-        if not left[0]:
-            return
-        if count is None:
-            exchange_(left[0], left[1], write, pull, left[2])
-        else:
+            table.launch()
+        for u, v, own, *_ in plan.left:
+            exchange_(u, v, write, pull, own)
+
+    def on_device(
+        self,
+        chains: Callable[[], Iterable[Chains]],
+        count: Tensor,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """All exchanges that are due at a step whose number the host is not to wait for.
+
+        Args:
+            chains: what there is to exchange; asked for where it is not known from the last call.
+            count: steps, int64, 0-d.
+            found_inf: likewise (optional): nothing is exchanged if it is not 0.
+        """
+        plan = self._all
+        if plan is None or not plan.holds():
+            plan = self._plan(list(chains()))
+            self._all = plan if plan.keeps else None
+        for u, v, comps, frequency, write, pull in plan.left:
             gate: Tensor = torch.remainder(count, frequency) == 0
             if found_inf is not None:
                 gate = gate & (found_inf.reshape(()).to(gate.device) == 0)
-            exchange_where_(left[0], left[1], write, pull, gate, left[2])
+            exchange_where_(u, v, write, pull, gate, comps)
+        for table in plan.tables:
+            here = None if found_inf is None else found_inf.to(table.device)
+            table.launch_due(count.to(table.device), here)
+        if plan.tables and capturing():
+            self._captured.append((plan.tables, list(chains())))
 
-    def _plan(
-        self,
-        faster: Sequence[Tensor],
-        slower: Sequence[Tensor],
-        comps: Sequence[Tensor | None],
-        frequency: int,
-        write: float,
-        pull: float,
-    ) -> _Plan:
-        left: tuple[list[Tensor], list[Tensor], list[Tensor | None]] = ([], [], [])
-        served: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    def _plan(self, chains: list[Chains]) -> _Plan:
+        left: list[Left] = []
+        served: dict[Any, list[list[Tensor]]] = {}
         plain = True
-        for i, (u, v) in enumerate(zip(faster, slower)):
-            plain = plain and not (is_dtensor(u) or is_dtensor(v))
-            u, v, comp = local(u), local(v), comps[i] if comps else None
-            if comp is None and _kernels_serve(u, v):
-                us, vs = served.setdefault((u.device, u.dtype, v.dtype), ([], []))
-                us.append(u)
-                vs.append(v)
-            else:
-                left[0].append(u)
-                left[1].append(v)
-                left[2].append(comp)
+        for settings, levels, comps in chains:
+            numbers = list(zip(*settings))
+            rest: list[tuple[list[Tensor], list[Tensor], list[Tensor | None]]]
+            rest = [([], [], []) for _ in numbers]
+            for i, tensors in enumerate(zip(*levels)):
+                plain = plain and not any(map(is_dtensor, tensors))
+                own = [local(t) for t in tensors]
+                comp = comps[i] if comps else None
+                first = 0 if comp is None else 1  # with a compensation, the live pair is torch's
+                if not _kernels_serve(own[first:]):
+                    first = len(numbers)
+                for k in range(first):
+                    rest[k][0].append(own[k])
+                    rest[k][1].append(own[k + 1])
+                    rest[k][2].append(comp if k == 0 else None)
+                if first < len(numbers):
+                    key = own[first].device, own[first].dtype, own[-1].dtype, first, settings
+                    columns = served.setdefault(key, [[] for _ in own[first:]])
+                    for column, tensor in zip(columns, own[first:]):
+                        column.append(tensor)
+            left += [(*rest[k], *numbers[k]) for k in range(len(numbers)) if rest[k][0]]
         tables = []
-        for bucket, (us, vs) in served.items():
-            key = (*bucket, frequency, write, pull, len(us), id(vs[0]))
-            tables.append(self._table(key, us, vs, frequency, write, pull))
-        return _Plan(list(faster), list(slower), tables, left, plain and not left[0])
+        for key, columns in served.items():
+            first, settings = key[-2:]
+            steps = zip(settings.write, settings.pull, settings.frequencies)
+            rates = [(w, pull_after_write(w, p), f) for w, p, f in list(steps)[first:]]
+            tables.append(self._table(key, columns, rates))
+        everything = [levels for _, levels, _ in chains]
+        return _Plan(list(chain.from_iterable(everything)), tables, left, plain and not left)
 
     def _table(
-        self,
-        key: Any,
-        us: list[Tensor],
-        vs: list[Tensor],
-        frequency: int,
-        write: float,
-        pull: float,
+        self, bucket: Any, levels: list[list[Tensor]], numbers: list[tuple[float, float, int]]
     ) -> Any:
-        addresses = [(t.data_ptr(), t.numel()) for t in chain(us, vs)]
+        key = (*bucket, len(levels[0]), id(levels[1][0]))
+        addresses = [(t.data_ptr(), t.numel()) for t in chain(*levels)]
         known = self._tables.get(key)
         if known is None or known[0] != addresses:
             from .kernels.exchange import ExchangeTable  # Triton is there
 
-            table = ExchangeTable(us, vs, write, pull_after_write(write, pull), frequency)
+            table = ExchangeTable(levels, numbers)
             if len(self._tables) >= _MAX_TABLES:
                 self._tables.clear()
                 self._plans.clear()
@@ -226,45 +264,46 @@ class Exchanges:
         return known[1]
 
 
+#: What torch's operations exchange: pairs, compensations, frequency, write and pull.
+Left = tuple[list[Tensor], list[Tensor], list["Tensor | None"], int, float, float]
+
+
 class _Plan:
-    """What one call does with its tensors; it serves further ones while ``keeps`` and they fit."""
+    """What a call does with its tensors; it serves further ones if it ``keeps``, while it holds."""
 
     def __init__(
-        self,
-        faster: list[Tensor],
-        slower: list[Tensor],
-        tables: list[Any],
-        left: tuple[list[Tensor], list[Tensor], list[Tensor | None]],
-        keeps: bool,
+        self, levels: list[Sequence[Tensor]], tables: list[Any], left: list[Left], keeps: bool
     ) -> None:
         self.tables, self.left, self.keeps = tables, left, keeps
         if keeps:
-            self._members = faster + slower
-            self._memory = list(map(_where, self._members))
+            self._members = [weakref.ref(t) for t in chain(*levels)]
+            self._addresses, self._layouts = _where(list(chain(*levels)))
 
-    def fits(
-        self, faster: Sequence[Tensor], slower: Sequence[Tensor], comps: Sequence[Tensor | None]
-    ) -> bool:
-        """Whether these are the same tensors, where they were and laid out as they were."""
-        return (
-            not any(c is not None for c in comps)
-            and all(map(is_, chain(faster, slower), self._members))
-            and list(map(_where, self._members)) == self._memory
-        )
-
-
-def _where(tensor: Tensor) -> tuple[int, torch.dtype, bool]:
-    return tensor.data_ptr(), tensor.dtype, tensor.is_contiguous()
+    def holds(self, levels: Sequence[Sequence[Tensor]] | None = None) -> bool:
+        """Whether the tensors (these, if they are given) are where they were and laid out alike."""
+        tensors = [member() for member in self._members]
+        if levels is not None and not all(map(is_, chain(*levels), tensors)):
+            return False
+        if any(t is None for t in tensors):
+            return False
+        return _where(tensors) == (self._addresses, self._layouts)
 
 
-def _kernels_serve(u: Tensor, v: Tensor) -> bool:
-    """Whether both are walked through memory in one and the same order."""
-    if not kernels.available(u.device) or not {u.dtype, v.dtype} <= set(kernels.DTYPES):
+def _where(tensors: list[Any]) -> tuple[list[int], list[bool]]:
+    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.is_contiguous, tensors))
+
+
+def _kernels_serve(levels: Sequence[Tensor]) -> bool:
+    """Whether all are walked through memory in one and the same order."""
+    dtypes = {t.dtype for t in levels[1:]}
+    if not kernels.available(levels[0].device) or len(dtypes) != 1:
         return False
-    if u.is_contiguous() and v.is_contiguous():
+    if not {levels[0].dtype, *dtypes} <= set(kernels.DTYPES):
+        return False
+    if all(t.is_contiguous() for t in levels):
         return True
     format = torch.channels_last
-    return u.ndim == 4 and all(t.is_contiguous(memory_format=format) for t in (u, v))
+    return levels[0].ndim == 4 and all(t.is_contiguous(memory_format=format) for t in levels)
 
 
 def exchange_where_(

@@ -14,6 +14,15 @@ from .rules.exchange import pull_after_write
 from .tensors import capturing
 
 
+def withdraw(optimizer: Optimizer) -> FusedSteps | None:
+    """The optimizer's fused steps, if it has any; nothing is asked of them any more."""
+    fused = getattr(optimizer, "_fused", None)
+    if not isinstance(fused, FusedSteps):
+        return None
+    fused.exchange = None
+    return fused
+
+
 def ask(
     optimizer: Optimizer, count: Tensor | None, groups: Iterable[tuple[dict[str, Any], Settings]]
 ) -> JoinedExchange | None:
@@ -22,10 +31,9 @@ def ask(
     They answer in ``done``. Where the host does not know what the step will be (a step counted on
     the device, captured, or skipped there by a GradScaler) or has no kernels, nothing is asked.
     """
-    fused = getattr(optimizer, "_fused", None)
-    if not isinstance(fused, FusedSteps):
+    fused = withdraw(optimizer)
+    if fused is None:
         return None
-    fused.exchange = None
     scaling = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
     if count is None or not count.is_cpu or capturing() or any(x is not None for x in scaling):
         return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import find_state_probes
+from .rules.kahan import kahan_join
 from .tensors import resolve_dtype
 
 #: options of a memory that ride in each param group
@@ -17,8 +18,15 @@ MEMORY_OPTIONS = ("memory_frequencies", "memory_write", "memory_pull", "memory_d
 COUNT = "memory_count"
 
 
+class Default(tuple[Any, ...]):
+    """What nobody has given: a preset's values come before it."""
+
+
 class Preset(NamedTuple):
-    """Settings under a name, with what to read out: a level, or ``"mean"`` of all."""
+    """Settings under a name, with what to read out: -1 for the slowest, or ``"mean"`` of all.
+
+    Not a level's number: other frequencies may be given with a preset, and so more or fewer levels.
+    """
 
     frequencies: tuple[int, ...]
     write: tuple[float, ...]
@@ -29,8 +37,14 @@ class Preset(NamedTuple):
 #: Settings for streams of tasks: without replay, and with replay.
 PRESETS = {
     "continual": Preset((5, 50), (0.2, 0.2), (0.6, 0.2), "mean"),
-    "replay": Preset((1, 10), (0.02, 0.1), (0.06, 0.02), 2),
+    "replay": Preset((1, 10), (0.02, 0.1), (0.06, 0.02), -1),
 }
+
+
+def group_label(at: int, group: dict[str, Any]) -> str:
+    """How messages call a group."""
+    name = group.get("name")
+    return f"param group {at}" + (f" ({name!r})" if name is not None else "")
 
 
 def level_key(level: int) -> str:
@@ -67,12 +81,14 @@ def mixture(level: Any, n_slow: int, where: str) -> list[float]:
     if level == "mean":
         return [1 / size] * size
     if isinstance(level, Sequence) and not isinstance(level, str):
+        if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in level):
+            raise ValueError(f"the weights of levels must be numbers, but are {level!r}")
         if n_slow and len(level) != size:
             raise ValueError(
                 f"{len(level)} weights were given for the {size} levels of {where}: give one per "
                 "level, the live one first"
             )
-        if abs(sum(level) - 1) > 1e-6:
+        if not abs(sum(level) - 1) <= 1e-6:
             raise ValueError(f"the weights of levels must sum to 1, but sum to {sum(level)}")
         return list(level) if n_slow else [1.0]
     chosen = resolve_level(level, n_slow, where)
@@ -96,9 +112,14 @@ def copy_dtype(param: Tensor, name: str | None) -> torch.dtype:
     return dtype.to_complex() if param.is_complex() else dtype
 
 
-def make_copy(param: Tensor, name: str | None) -> Tensor:
+def make_copy(param: Tensor, name: str | None, comp: Tensor | None = None) -> Tensor:
+    """A copy of the weights; of compensated ones, with what rounding has taken from them."""
+    dtype = copy_dtype(param, name)
     copied = param.detach().clone(memory_format=torch.preserve_format)
-    return copied.to(copy_dtype(param, name))
+    if comp is not None:
+        wide = torch.promote_types(param.dtype, torch.float32)
+        return kahan_join(copied, comp, wide).to(dtype)
+    return copied.to(dtype)
 
 
 def is_probe(work: list[tuple[dict[str, Any], list[Tensor], list[Any]]]) -> bool:

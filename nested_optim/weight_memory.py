@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -16,25 +16,26 @@ from torch.utils.hooks import RemovableHandle
 
 from .exchanges import Exchanges, Settings, check_settings
 from .fused import JoinedExchange
-from .joined import ask
+from .joined import ask, withdraw
+from .memory_buffers import BUFFERS, BufferAverages
+from .memory_checkpoints import Loading, look_at, restore_copies, restore_settings, take_over
 from .memory_levels import (
     COUNT,
     MEMORY_OPTIONS,
     PRESETS,
-    copy_dtype,
+    Default,
     dtype_name,
-    flat,
+    group_label,
     is_memory_key,
     is_probe,
     level_key,
     make_copy,
-    mix,
-    mixture,
     resolve_level,
 )
-from .tensors import capturing, laid_out_like, local
+from .memory_reading import read_params, refusing, swapped
+from .tensors import capturing
 
-_BUFFERS = "memory_buffers"
+_FREQUENCIES, _RATES = Default((10, 50)), Default((0.5, 0.5))
 
 
 class WeightMemory:
@@ -56,24 +57,27 @@ class WeightMemory:
     parameters alike, whether or not they had a gradient; one that ``torch.amp.GradScaler`` skips
     does not count. All state lies in the optimizer's ``state`` (``memory_count``, ``memory_1``,
     ``memory_2``, ...) and in ``param_groups``, so ``optimizer.state_dict()`` holds it and
-    ``load_state_dict`` brings it back; attach a memory before loading. A checkpoint without it is
-    loaded as well, and the copies are made anew by the next step. Pickles and deep copies of an
-    optimizer keep the state, but not the attached memory: attach one to the copy.
+    ``load_state_dict`` brings it back; attach a memory before loading (torch rounds what it does
+    not know; where that has cost something, attaching afterwards is refused). A checkpoint without
+    it is loaded as well, and the copies are made anew by the next step. Pickles and deep copies of
+    an optimizer keep the state, but not the attached memory: attach one to the copy.
 
     Args:
         optimizer: the optimizer; wrappers (as Accelerate's) are looked through.
-        frequencies: steps between two exchanges of each pair, fastest pair first. Default (10, 50).
+        frequencies: steps between two exchanges of each pair, fastest pair first. Default (10, 50),
+            or a preset's.
         write: per level, how far the slower copy goes to the faster weights. One number serves all
-            levels. Default 0.5.
+            levels. Default 0.5 for each, or a preset's.
         pull: per level, how far the faster weights go to the slower copy; ``write + pull <= 1``.
-            Default 0.5.
+            Default 0.5 for each, or a preset's.
         dtype: of the copies. Default: the parameter's, but at least float32. With ``bfloat16`` they
             take half the memory, and small writes are lost to rounding.
         buffers_from: the module whose floating-point buffers (BatchNorm's statistics) are averaged
-            too: they are written, but never pulled, with the frequencies and rates given here.
-            :meth:`read_out` then swaps them together with the weights.
+            too: they are written, but never pulled, with the frequencies and rates of the first
+            group that has any. :meth:`read_out` then swaps them together with the weights.
         preset: ``"continual"`` (for streams without replay) or ``"replay"``: settings for what is
-            not given above, and what :meth:`read_out` reads by default.
+            not given above, and what :meth:`read_out` reads by default. Its rates are those of two
+            levels: with another number of frequencies, give ``write`` and ``pull`` too.
         capturable: count steps on the accelerator from the start, for CUDA graphs. Default: if a
             group of the optimizer is ``capturable``.
 
@@ -83,7 +87,8 @@ class WeightMemory:
 
     Raises:
         TypeError: no ``torch.optim.Optimizer``.
-        ValueError: a setting is invalid (with the group's name), or the optimizer has a memory.
+        ValueError: a setting is invalid (with the group's name), the optimizer has a memory, or its
+            state has one that was loaded without this class and rounded.
 
     Example::
 
@@ -99,9 +104,9 @@ class WeightMemory:
     def __init__(
         self,
         optimizer: Optimizer,
-        frequencies: Sequence[int] | None = None,
-        write: float | Sequence[float] | None = None,
-        pull: float | Sequence[float] | None = None,
+        frequencies: Sequence[int] | None = _FREQUENCIES,
+        write: float | Sequence[float] | None = _RATES,
+        pull: float | Sequence[float] | None = _RATES,
         *,
         dtype: torch.dtype | str | None = None,
         buffers_from: nn.Module | None = None,
@@ -122,10 +127,9 @@ class WeightMemory:
                 f"this {type(optimizer).__name__} has a WeightMemory already: detach() it first"
             )
         base = PRESETS[preset][:3] if preset is not None else ((10, 50), 0.5, 0.5)
-        given = (frequencies, write, pull)
+        given = [None if isinstance(x, Default) else x for x in (frequencies, write, pull)]
         chosen = [b if g is None else g for g, b in zip(given, base)]
         own = check_settings(chosen[0], chosen[1], chosen[2])
-        self._buffer_settings = own
         # Rates that are the same for all levels also serve groups with another number of levels.
         rates = [r[0] if len(set(r)) == 1 else r for r in own[1:]]
         self._defaults: dict[str, Any] = {
@@ -137,9 +141,7 @@ class WeightMemory:
         self._read = PRESETS[preset].read if preset is not None else -1
         self.optimizer = optimizer
         self._capturable = capturable
-        self._model = buffers_from
-        if buffers_from is not None and not own.levels:
-            raise ValueError("buffers_from needs frequencies: there is no level to average them in")
+        self._buffers = BufferAverages(buffers_from, optimizer)
         self._checked: dict[tuple[Any, ...], Settings] = {}
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
         self._params: list[Tensor] = []
@@ -148,13 +150,21 @@ class WeightMemory:
         self._run = Exchanges()
         self._joined: JoinedExchange | None = None
         self._probe = False
-        self._complete = False
+        self._settled = False  # whether what follows is true of the optimizer
+        #: Parameters without a copy, which have had no gradient: the keys they lack, and the dtype.
+        self._waiting: dict[Tensor, tuple[list[str], str | None]] = {}
+        #: By key the copies in the optimizer's state, in its order.
+        self._held: dict[str, list[Callable[[], Tensor | None]]] = {}
         self._reading = False
-        self._loading: dict[str, Any] = {}
+        self._loading: Loading | None = None
 
         found = [self._group_settings(i, g) for i, g in enumerate(optimizer.param_groups)]
-        for group, settings in zip(optimizer.param_groups, found):
-            self._write_settings(group, settings)
+        if buffers_from is not None and not any(settings.levels for settings in found):
+            raise ValueError("buffers_from needs frequencies: there is no level to average them in")
+        self._buffers.follow(found)
+        take_over(optimizer, found, self._defaults["memory_dtype"])
+        self._given: list[set[str]] = []  # options that each group had of its own
+        self._write_all(list(zip(optimizer.param_groups, found)))
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -164,18 +174,44 @@ class WeightMemory:
         ]
 
     def detach(self) -> None:
-        """Leave the optimizer: no more exchanges, and the copies and settings are removed."""
+        """Leave the optimizer: no more exchanges, and copies and settings are removed.
+
+        Options that a group had before the memory stay. There is nothing to read out any more.
+        """
         self._refuse_while_reading("detach()")
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for group in self.optimizer.param_groups:
-            for key in (*MEMORY_OPTIONS, _BUFFERS):
-                group.pop(key, None)
+        for at, group in enumerate(self.optimizer.param_groups):
+            given = self._given[at] if at < len(self._given) else set(group)
+            for key in (*MEMORY_OPTIONS, BUFFERS):
+                if key not in given:
+                    group.pop(key, None)
             for p in group["params"]:
                 state = self.optimizer.state.get(p, {})
                 for key in list(filter(is_memory_key, state)):
                     del state[key]
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep nothing of copies that the optimizer's state no longer has."""
+        self._pending, self._waiting, self._held = {}, {}, {}
+        self._settled, self._count, self._joined = False, None, None
+        self._run.forget()
+        if (fused := withdraw(self.optimizer)) is not None:
+            fused.forget()  # it remembers what the state was
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a WeightMemory is neither copied nor pickled: the copies of the weights lie in its "
+            "optimizer's state. Copy that, and attach a WeightMemory to the copy"
+        )
+
+    def _refuse_if_detached(self, what: str) -> None:
+        if not self._handles:
+            raise RuntimeError(
+                f"{what}: this WeightMemory was detached, and its copies are gone; attach a new one"
+            )
 
     # ------------------------------------------------------------------ settings
 
@@ -187,13 +223,19 @@ class WeightMemory:
                 return self._checked[raw]
         except TypeError:  # lists are not hashable
             pass
-        where = f"{_label(at, group)}: "
+        where = f"{group_label(at, group)}: "
         frequencies, write, pull, dtype = raw
         settings = check_settings(frequencies, write, pull, where)
         if dtype is not None:
             dtype_name(dtype, where)
         self._checked[(*settings, dtype)] = settings
         return settings
+
+    def _write_all(self, groups: list[tuple[dict[str, Any], Settings]]) -> None:
+        for group, _ in groups[len(self._given) :]:
+            self._given.append(set(group) & set(MEMORY_OPTIONS))
+        for group, settings in groups:
+            self._write_settings(group, settings)
 
     def _write_settings(self, group: dict[str, Any], settings: Settings) -> None:
         group["memory_frequencies"] = settings.frequencies
@@ -216,44 +258,64 @@ class WeightMemory:
         self._refuse_while_reading("optimizer.step()")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         same = len(params) == len(self._params) and all(map(is_, params, self._params))
-        self._joined = None
-        if same and self._complete and self._options() == self._seen:
-            self._joined = ask(optimizer, self._count, self._groups())
-            return
-        groups = self._groups()  # all of them are checked before anything changes
         closure = any(map(callable, (*args[1:], *kwargs.values())))
+        if same and self._settled and self._options() == self._seen and self._intact():
+            self._pending = {
+                p: self._copies(p, keys, dtype)
+                for p, (keys, dtype) in self._waiting.items()
+                if p.grad is not None or (closure and p.requires_grad)
+            }
+            self._joined = ask(optimizer, self._count, self._groups())
+        else:
+            self._look_again(params, closure)
+
+    def _look_again(self, params: list[Tensor], closure: bool) -> None:
+        """Make what copies are lacking: at first, and where settings or state have changed."""
+        optimizer = self.optimizer
+        groups = self._groups()  # all of them are checked before anything changes
         pending: dict[Tensor, dict[str, Tensor]] = {}
         work = []
-        missing = known = False
+        known = False
         for group, settings in groups:
             fresh = []
             for i, p in enumerate(group["params"]):
                 state = optimizer.state.get(p, {})
                 known = known or COUNT in state
-                keys = settings.keys
-                for key in keys:
+                for key in settings.keys:
                     if key in state and state[key].shape != p.shape:
                         raise RuntimeError(
                             f"parameter {i} of the group {group.get('name', '')!r} has shape "
                             f"{tuple(p.shape)}, but its copy {key!r} has {tuple(state[key].shape)}:"
                             " delete that entry of the optimizer's state to begin anew"
                         )
-                lacking = [key for key in keys if key not in state]
-                missing = missing or bool(lacking)
+                lacking = [key for key in settings.keys if key not in state]
                 if lacking and (p.grad is not None or (closure and p.requires_grad)):
-                    pending[p] = {
-                        key: make_copy(p, group.get("memory_dtype", self._defaults["memory_dtype"]))
-                        for key in lacking
-                    }
+                    dtype = group.get("memory_dtype", self._defaults["memory_dtype"])
+                    pending[p] = self._copies(p, lacking, dtype)
                     fresh.append(p)
             work.append((group, fresh, [p.grad for p in fresh]))
-        for group, settings in groups:
-            self._write_settings(group, settings)
-        self._make_buffers()
+        self._write_all(groups)
+        self._buffers.follow(settings for _, settings in groups)
+        self._buffers.make()
+        withdraw(optimizer)
+        self._run.renew()
+        self._joined = None
         self._params, self._seen = params, self._options()
-        self._pending, self._complete = pending, not missing
-        self._count = None
+        self._pending, self._settled = pending, False
         self._probe = bool(pending) and not (known or closure) and is_probe(work)
+
+    def _copies(self, p: Tensor, keys: list[str], dtype: str | None) -> dict[str, Tensor]:
+        comp = self.optimizer.state.get(p, {}).get("kahan_comp")
+        return {key: make_copy(p, dtype, comp) for key in keys}
+
+    def _intact(self) -> bool:
+        """Whether every copy is where it was: nobody has cleared, filled or replaced a state."""
+        entries = [own for own in self.optimizer.state.values() if isinstance(own, dict)]
+        return all(
+            len(entries) == len(copies)
+            and all(map(is_, [own.get(key) for own in entries], [copy() for copy in copies]))
+            for key, copies in self._held.items()
+        )
 
     def _options(self) -> list[list[Any]]:
         return [[group.get(key) for key in MEMORY_OPTIONS] for group in self.optimizer.param_groups]
@@ -261,8 +323,10 @@ class WeightMemory:
     @torch._disable_dynamo
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._count is None:
+        state = optimizer.state
+        if not self._settled or any(p.grad is not None or state.get(p) for p in self._pending):
             self._adopt()
+        self._pending = {}
         if self._probe or self._count is None:
             self._probe = False
             return
@@ -285,15 +349,21 @@ class WeightMemory:
             # torch takes a parameter with any state for one that it has initialised.
             if p.grad is not None or state.get(p):
                 state[p].update(copies)
+        self._run.renew()
         self._count = None
+        self._waiting = {}
         on_device = None
         members = []
+        slow: set[str] = set()
         for group, settings in self._groups():
             for p in group["params"]:
                 own = state.get(p, {})
+                slow.update(settings.keys)
                 kept = (COUNT, *settings.keys) if settings.levels else ()
                 for key in [k for k in own if is_memory_key(k) and k not in kept]:
                     del own[key]
+                if lacking := [key for key in settings.keys if key not in own]:
+                    self._waiting[p] = lacking, group["memory_dtype"]
                 if settings.levels and settings.keys[0] in own:
                     members.append(own)
                     self._count = own.get(COUNT) if self._count is None else self._count
@@ -305,6 +375,10 @@ class WeightMemory:
             self._count = self._count.to(on_device)
         for own in members:
             own[COUNT] = self._count
+        entries = [own for own in state.values() if isinstance(own, dict)]
+        self._held = {key: [_reference(own.get(key)) for own in entries] for key in slow}
+        # Before there is any copy, the step to come may still only serve to create state.
+        self._settled = self._count is not None or not self._waiting
 
     def _pairs(self) -> Iterator[tuple[Settings, list[list[Tensor]], list[Tensor | None]]]:
         """Per setting the levels of its parameters (live first), and Kahan compensations."""
@@ -340,9 +414,7 @@ class WeightMemory:
                         u, v = [u[i] for i in left], [v[i] for i in left]
                         own = [comps[i] for i in left]
                     self._run(u, v, frequency, write, pull, comps=own)
-        for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
-            if count % frequency == 0:
-                self._write_buffers(k, write)
+        self._buffers.exchange(count)
 
     def _exchange_on_device(self, found_inf: Tensor | None) -> None:
         """The same where the host must not look at the counter, or at ``found_inf``."""
@@ -358,49 +430,13 @@ class WeightMemory:
             for p in self._params:
                 if COUNT in self.optimizer.state.get(p, {}):
                     self.optimizer.state[p][COUNT] = self._count
-        happened = torch.ones((), dtype=torch.bool, device=self._count.device)
+        happened = None
         if found_inf is not None:
             found_inf = found_inf.reshape(()).to(self._count.device)
             happened = found_inf == 0
-        self._count += happened
-        for settings, levels, comps in self._pairs():
-            for k, (frequency, write, pull) in enumerate(zip(*settings)):
-                self._run(
-                    levels[k],
-                    levels[k + 1],
-                    frequency,
-                    write,
-                    pull,
-                    comps=comps if k == 0 else (),
-                    count=self._count,
-                    found_inf=found_inf,
-                )
-        for k, (frequency, write) in enumerate(zip(*self._buffer_settings[:2])):
-            self._write_buffers(k, write, happened & (self._count % frequency == 0))
-
-    # ------------------------------------------------------------------ buffers
-
-    def _float_buffers(self) -> list[Tensor]:
-        if self._model is None:
-            return []
-        return [b for b in self._model.buffers() if b.is_floating_point()]
-
-    def _make_buffers(self) -> None:
-        """The buffers' averages: one flat tensor of shape (levels, all their elements)."""
-        group = self.optimizer.param_groups[0]
-        if buffers := self._float_buffers():
-            rows = self._buffer_settings.levels
-            if _BUFFERS not in group:
-                group[_BUFFERS] = flat(buffers).expand(rows, -1).clone()
-
-    def _write_buffers(self, level: int, write: float, gate: Tensor | None = None) -> None:
-        if buffers := self._float_buffers():
-            rows = self.optimizer.param_groups[0][_BUFFERS]
-            faster = flat(buffers) if level == 0 else rows[level - 1]
-            new = rows[level].lerp(faster, write)
-            if gate is not None:
-                new = torch.where(gate.to(new.device), new, rows[level])
-            rows[level].copy_(new)
+        self._count += 1 if happened is None else happened
+        self._run.on_device(self._pairs, self._count, found_inf)
+        self._buffers.exchange_on_device(self._count, happened)
 
     # ------------------------------------------------------------------ reading out
 
@@ -416,10 +452,13 @@ class WeightMemory:
 
         Raises:
             ValueError: a group has no such level.
+            RuntimeError: the memory was detached, and these are not the live weights.
         """
+        if level != 0:
+            self._refuse_if_detached(f"weights({level!r})")
         found = []
         for at, (group, settings) in enumerate(self._groups()):
-            level_here = resolve_level(level, settings.levels, _label(at, group))
+            level_here = resolve_level(level, settings.levels, group_label(at, group))
             key = level_key(level_here)
             for p in group["params"]:
                 own = self.optimizer.state.get(p, {})
@@ -436,9 +475,10 @@ class WeightMemory:
     ) -> Iterator[WeightMemory]:
         """Put read-out weights in the parameters for the body; then the live ones come back.
 
-        They come back, bit for bit, if the body raises, too. In the body ``optimizer.step()``,
-        ``optimizer.state_dict()`` and ``optimizer.load_state_dict()`` are refused; the model's own
-        ``state_dict()`` gives the read-out.
+        They come back, bit for bit, if the body raises, too. In the body the optimizer refuses
+        ``step()``, ``state_dict()``, ``load_state_dict()``, ``add_param_group()`` and, where it has
+        them, ``flush()`` and ``meta_update()``. The model's own ``state_dict()`` shares the
+        parameters' memory, so it is the read-out in the body only: see :meth:`model_state_dict`.
 
         Args:
             level: 0 for the live weights, 1, 2, ... for the slow copies, -1 for the slowest,
@@ -451,62 +491,79 @@ class WeightMemory:
 
         Raises:
             ValueError: a group has no such level, or the weights do not sum to 1.
-            RuntimeError: inside another ``read_out``.
+            RuntimeError: inside another ``read_out``, or the memory was detached.
         """
-        self._refuse_while_reading("read_out()")
-        if update_bn is not None and self._model is None:
+        model = self._buffers.model
+        if update_bn is not None and model is None:
             raise ValueError("update_bn needs the model: attach the memory with buffers_from=model")
-        level = self._read if level is None else level
-        with torch.no_grad():
-            swaps = self._read_params(level) + self._read_buffers(level)
-            live = [target.clone() for target, _ in swaps]
-            if update_bn is not None and self._model is not None:
-                others = [b for b in self._model.buffers() if not b.is_floating_point()]
-                swaps += [(b, b) for b in others]
-                live += [b.clone() for b in others]
-        self._reading = True
-        try:
-            with torch.no_grad():
-                for target, value in swaps:
-                    target.copy_(value)
-            if update_bn is not None and self._model is not None:
-                torch.optim.swa_utils.update_bn(update_bn, self._model, device)
+        with self._reading_out(level, model, update_bn, device):
             yield self
-        finally:
-            self._reading = False
-            with torch.no_grad():
-                for (target, _), value in zip(swaps, live):
-                    target.copy_(value)
 
     def model_state_dict(
-        self, model: nn.Module, level: int | str | Sequence[float] | None = None
+        self,
+        model: nn.Module,
+        level: int | str | Sequence[float] | None = None,
+        *,
+        update_bn: Iterable[Any] | None = None,
+        device: torch.device | int | None = None,
     ) -> OrderedDict[str, Any]:
-        """``model.state_dict()`` with the weights of :meth:`read_out`, in memory of its own."""
-        with self.read_out(level):
+        """``model.state_dict()`` with the weights of :meth:`read_out`, in memory of its own.
+
+        Args:
+            model: the module whose parameters the optimizer has.
+            level: as for :meth:`read_out`.
+            update_bn: a loader of inputs, from which the statistics of the model's BatchNorms are
+                computed anew for these weights. The model itself keeps those that it has.
+            device: where ``update_bn`` takes its inputs to.
+        """
+        with self._reading_out(level, model, update_bn, device):
             return OrderedDict(
                 (key, value.detach().clone() if isinstance(value, Tensor) else value)
                 for key, value in model.state_dict().items()
             )
 
-    def _read_params(self, level: Any) -> list[tuple[Tensor, Tensor]]:
-        swaps = []
-        for at, (group, settings) in enumerate(self._groups()):
-            shares = mixture(level, settings.levels, _label(at, group))
-            for p in group["params"]:
-                own = self.optimizer.state.get(p, {})
-                if settings.levels and settings.keys[-1] in own:
-                    tensors = [local(p), *(local(own[key]) for key in settings.keys)]
-                    swaps.append((tensors[0], mix(tensors, shares)))
-        return swaps
+    def average_buffers(
+        self, level: int | str | Sequence[float] | None = None
+    ) -> OrderedDict[str, Tensor]:
+        """The averages of the buffers of ``buffers_from``, by the buffers' names.
 
-    def _read_buffers(self, level: Any) -> list[tuple[Tensor, Tensor]]:
-        buffers, rows = self._float_buffers(), self.optimizer.param_groups[0].get(_BUFFERS)
-        if not buffers or rows is None:
-            return []
-        shares = mixture(level, self._buffer_settings.levels, "the buffers")
-        mixed = mix([flat(buffers), *rows], shares)
-        parts = mixed.split([b.numel() for b in buffers])
-        return [(b, part.view_as(b)) for b, part in zip(buffers, parts)]
+        They come without a pass over data, as :meth:`read_out` puts them in the module; statistics
+        computed anew (its ``update_bn``) fit the weights better. Before the first step these are
+        the live buffers.
+
+        Args:
+            level: as for :meth:`read_out`.
+
+        Returns:
+            Copies: to change them changes nothing.
+
+        Raises:
+            ValueError: the memory was attached without ``buffers_from``, or has no such level.
+        """
+        if self._buffers.model is None:
+            raise ValueError("no buffers are averaged: attach the memory with buffers_from=model")
+        self._refuse_if_detached("average_buffers()")
+        self._buffers.follow(settings for _, settings in self._groups())
+        with torch.no_grad():
+            return self._buffers.named(self._read if level is None else level)
+
+    @contextmanager
+    def _reading_out(
+        self, level: Any, model: nn.Module | None, update_bn: Any, device: Any
+    ) -> Iterator[None]:
+        self._refuse_while_reading("read_out()")
+        self._refuse_if_detached("read_out()")
+        level = self._read if level is None else level
+        self._buffers.follow(settings for _, settings in self._groups())
+        with torch.no_grad():
+            swaps = read_params(self.optimizer, self._groups(), level) + self._buffers.read(level)
+        self._reading = True
+        try:
+            refused = refusing(self.optimizer, self._refuse_while_reading)
+            with refused, swapped(swaps, model, update_bn, device):
+                yield
+        finally:
+            self._reading = False
 
     def _refuse_while_reading(self, what: str) -> None:
         if self._reading:
@@ -521,80 +578,28 @@ class WeightMemory:
         self._refuse_while_reading("optimizer.state_dict()")
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Check what the checkpoint has of a memory, and keep it from torch's change of dtypes."""
         self._refuse_while_reading("optimizer.load_state_dict()")
-        self._loading = {}
-        raw: dict[Tensor, dict[str, Tensor]] = {}
-        counts = set()
-        for at, (live, saved) in enumerate(
-            zip(optimizer.param_groups, state_dict.get("param_groups", ()))
-        ):
-            saved_keys = {k: saved[k] for k in MEMORY_OPTIONS if k in saved}
-            self._group_settings(at, {**{k: live.get(k) for k in MEMORY_OPTIONS}, **saved_keys})
-            rows = saved.get(_BUFFERS)
-            if rows is not None and (buffers := self._float_buffers()):
-                wanted = (self._buffer_settings.levels, sum(b.numel() for b in buffers))
-                if tuple(rows.shape) != wanted:
-                    raise ValueError(
-                        f"checkpoint's averages of buffers have shape {tuple(rows.shape)}, where "
-                        f"this model and these frequencies need {wanted}"
-                    )
-            for key, p in zip(saved["params"], live["params"]):
-                entries = state_dict["state"].get(key, {})
-                own = {k: v for k, v in entries.items() if is_memory_key(k)}
-                for k, v in own.items():
-                    if k != COUNT and isinstance(v, Tensor) and v.shape != p.shape:
-                        raise ValueError(
-                            f"checkpoint's {k!r} of a parameter of param group {at} has shape "
-                            f"{tuple(v.shape)}, where the parameter has {tuple(p.shape)}"
-                        )
-                if COUNT in own:
-                    counts.add(int(own[COUNT]))
-                raw[p] = own
-        if len(counts) > 1:
-            raise ValueError(
-                f"checkpoint's parameters disagree on {COUNT}, the steps of the memory: "
-                f"{sorted(counts)}"
-            )
-        groups = [{k: group.get(k) for k in MEMORY_OPTIONS} for group in optimizer.param_groups]
-        self._loading = {"raw": raw, "groups": groups, "count": max(counts, default=0)}
+        self._loading = None
+        loading = look_at(optimizer, state_dict, self._group_settings)
+        self._buffers.check(loading.rows, loading.settings)
+        self._loading = loading
 
     @torch.no_grad()
     def _after_load(self, optimizer: Optimizer) -> None:
-        loading, self._loading = self._loading, {}
-        changed = set()
-        for group, live in zip(optimizer.param_groups, loading.get("groups", ())):
-            for key, value in live.items():
-                if key not in group:
-                    group[key] = value
-                elif group[key] != value:
-                    changed.add(key)
-        if changed:
-            warnings.warn(
-                f"the checkpoint's {', '.join(sorted(changed))} replace the memory's where they "
-                "differ. To keep your own, set them in param_groups after loading.",
-                stacklevel=5,
-            )
-        count = torch.tensor(loading.get("count", 0), dtype=torch.int64)
-        for group, settings in self._groups():
-            self._write_settings(group, settings)
-            for p in group["params"]:
-                for key, value in loading.get("raw", {}).get(p, {}).items():
-                    own = optimizer.state[p]
-                    if key == COUNT:
-                        own[key] = count
-                    elif isinstance(value, Tensor):
-                        dtype = copy_dtype(p, group["memory_dtype"])
-                        value = laid_out_like(value, p).to(device=p.device, dtype=dtype)
-                        # The checkpoint may be loaded once more, and must not move.
-                        own[key] = value.clone(memory_format=torch.preserve_format)
-                    else:
-                        del own[key]
-        if (rows := optimizer.param_groups[0].get(_BUFFERS)) is not None:
-            if buffers := self._float_buffers():
-                rows = rows.to(device=buffers[0].device, dtype=flat(buffers).dtype)
-            optimizer.param_groups[0][_BUFFERS] = rows
-        self._pending, self._complete, self._count = {}, False, None
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            restore_settings(optimizer, loading)
+        self._write_all(self._groups())
+        if loading is not None:
+            restore_copies(optimizer, loading)
+        self._buffers.settle(loaded=loading is not None and loading.rows is not None)
+        self._buffers.follow(settings for _, settings in self._groups())
+        self._let_go()
+
+
+def _reference(copy: Tensor | None) -> Callable[[], Tensor | None]:
+    """What gives this very copy for as long as others keep it."""
+    return (lambda: None) if copy is None else weakref.ref(copy)
 
 
 def memory_of(optimizer: Optimizer) -> WeightMemory | None:
@@ -604,8 +609,3 @@ def memory_of(optimizer: Optimizer) -> WeightMemory | None:
         if isinstance(owner, WeightMemory):
             return owner
     return None
-
-
-def _label(at: int, group: dict[str, Any]) -> str:
-    name = group.get("name")
-    return f"param group {at}" + (f" ({name!r})" if name is not None else "")

@@ -41,6 +41,22 @@ def _reload():
     return dict(zip(MODULES, (importlib.reload(importlib.import_module(n)) for n in names)))
 
 
+def _cast(interpreter):
+    """The interpreter's casts, but float32 is rounded to bfloat16 as a GPU does, and not cut."""
+    real, language = (
+        interpreter.InterpreterBuilder.cast_impl,
+        importlib.import_module("triton.language"),
+    )
+
+    def cast(self, src, kind):
+        if (src.dtype.scalar, kind.scalar) != (language.float32, language.bfloat16):
+            return real(self, src, kind)
+        rounded = torch.from_numpy(src.data.copy()).bfloat16().view(torch.uint16)
+        return interpreter.TensorHandle(rounded.numpy(), kind.scalar)
+
+    return cast
+
+
 @contextmanager
 def interpreted():
     """The modules of kernels by name, interpreted whoever has imported them; afterwards as ever."""
@@ -48,6 +64,8 @@ def interpreted():
     before = [(module, dict(vars(module))) for module in _language()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast(interpreter))
         try:
             assert kernels.available(torch.device("cpu"))
             yield _reload()

@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 from nested_optim import WeightMemory, exchanges, rules
-from nested_optim.exchanges import Exchanges
+from nested_optim.exchanges import Exchanges, Settings
 
 from .helpers import assert_same_tensors, clone_params, make_params, random_grads, train
 from .interpreter import interpreted
@@ -25,15 +25,20 @@ def kernel():
 
 @pytest.fixture
 def launched(kernel, monkeypatch):
-    """How many tensors each launch of the kernel had."""
+    """How many tensors each launch of a kernel had."""
     sizes = []
-    launch = kernel.ExchangeTable.launch
 
-    def counted(self, *args):
-        sizes.append(len(self.pairs))
-        launch(self, *args)
+    def counting(real):
+        def launch(self, *args):
+            sizes.append(self.n_tensors)
+            real(self, *args)
 
-    monkeypatch.setattr(kernel.ExchangeTable, "launch", counted)
+        return launch
+
+    for name in ("launch", "launch_due"):
+        monkeypatch.setattr(
+            kernel.ExchangeTable, name, counting(getattr(kernel.ExchangeTable, name))
+        )
     return sizes
 
 
@@ -60,27 +65,84 @@ def test_the_kernel_is_the_rule(dtypes, write, pull, launched):
         torch.testing.assert_close(got, list(values), rtol=rtol, atol=rtol)
 
 
-def test_equal_levels_stay_equal_to_the_last_bit():
-    us, _ = pairs(F32, F32)
-    vs = [u.clone(memory_format=torch.preserve_format) for u in us]
-    before = [u.clone() for u in us]
-    Exchanges()(us, vs, 1, 0.3, 0.4)
-    assert_same_tensors(us, before)
-    assert_same_tensors(vs, before)
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (F32, F16), (F64, F32), (F16, BF16)])
+def test_equal_levels_stay_equal_to_the_last_bit(dtypes, on_device):
+    """Also those that are equal but for the copy's rounding."""
+    us, _ = pairs(dtypes[0], dtypes[0])
+    vs = [u.to(dtypes[1], copy=True, memory_format=torch.preserve_format) for u in us]
+    before = [[t.clone() for t in tensors] for tensors in (us, vs)]
+    if on_device:
+        settings = Settings((1,), (0.3,), (0.4,))
+        Exchanges().on_device(lambda: [(settings, (us, vs), ())], torch.tensor(4))
+    else:
+        Exchanges()(us, vs, 1, 0.3, 0.4)
+    assert_same_tensors(us, before[0])
+    assert_same_tensors(vs, before[1])
 
 
-@pytest.mark.parametrize(
-    "count, found_inf, due", [(6, 0.0, True), (7, 0.0, False), (6, 1.0, False), (9, None, True)]
-)
-def test_the_device_decides_by_its_counter(count, found_inf, due):
-    us, vs = pairs(F32, F32)
-    complex_pair = [torch.randn(3, dtype=torch.complex64) for _ in range(2)]  # torch's operations
-    us, vs = [*us, complex_pair[0]], [*vs, complex_pair[1]]
-    old = [t.clone() for t in (*us, *vs)]
+def by_the_rule(levels, settings, count):
+    """What the exchanges that are due at ``count`` make of each tensor's levels."""
+    levels = [list(tensors) for tensors in levels]
+    for k, (frequency, write, pull) in enumerate(zip(*settings)):
+        if count % frequency == 0:
+            for i, (u, v) in enumerate(zip(levels[k], levels[k + 1])):
+                levels[k][i], levels[k + 1][i] = rules.exchange(u, v, write=write, pull=pull)
+    return levels
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F32, BF16), (F64, F64), (F64, F32)])
+@pytest.mark.parametrize("frequencies", [(3,), (2, 4), (2, 3, 9)])
+@pytest.mark.parametrize("count, found_inf", [(6, 0.0), (7, 0.0), (6, 1.0), (9, None), (4, None)])
+def test_the_device_decides_by_its_counter(dtypes, frequencies, count, found_inf, launched):
+    us, vs = pairs(*dtypes)
+    deeper = [pairs(dtypes[1], dtypes[1])[0] for _ in frequencies[1:]]
+    levels = [us, vs, *deeper]
+    n = len(frequencies)
+    settings = Settings(frequencies, (0.3, 0.1, 0.6)[:n], (0.4, 0.05, 0.4)[:n])
+    old = [[t.clone() for t in tensors] for tensors in levels]
+    want = old if found_inf else by_the_rule(old, settings, count)
     found = None if found_inf is None else torch.tensor(found_inf)
-    Exchanges()(us, vs, 3, 0.3, 0.4, count=torch.tensor(count), found_inf=found)
-    moved = [not torch.equal(a, b) for a, b in zip((*us, *vs), old) if a.numel()]
-    assert all(moved) if due else not any(moved)
+    run = Exchanges()
+    run.on_device(lambda: [(settings, levels, ())], torch.tensor(count), found)
+    assert launched == [len(us)]  # all pairs at once
+    for k, (got, values) in enumerate(zip(levels, want)):
+        rtol = {F64: 1e-14, F32: 1e-6, BF16: 4e-2}[dtypes[min(k, 1)]]
+        for at, value in zip(got, values):
+            torch.testing.assert_close(at, value, rtol=rtol, atol=rtol)
+    if found_inf or not any(count % f == 0 for f in frequencies):
+        for got, values in zip(levels, old):
+            assert_same_tensors(got, values)
+
+    def asked_again():
+        raise AssertionError
+
+    run.on_device(asked_again, torch.tensor(count), found)
+    assert launched == [len(us)] * 2
+
+
+def test_what_the_kernel_does_not_serve_takes_its_turn(launched):
+    """Complex numbers, and the live pair of compensated weights."""
+    plain, other = (torch.randn(300) for _ in range(2)), torch.complex64
+    levels = [[t, torch.randn(5, dtype=other)] for t in plain]
+    narrow = torch.randn(40).bfloat16()
+    levels[0].append(narrow)
+    levels[1].append(narrow.float() + 0.5)
+    levels.append([torch.randn(300), torch.randn(5, dtype=other), torch.randn(40)])
+    comp = torch.full((40,), 1e-3, dtype=BF16)
+    settings = Settings((2, 3), (0.3, 0.1), (0.4, 0.2))
+    old = [[t.clone() for t in tensors] for tensors in levels]
+    old[0][2] = rules.kahan_join(old[0][2], comp, F32)
+    want = by_the_rule(old, settings, 6)
+    run = Exchanges()
+    for count in (5, 6):
+        comps = [None, None, comp]
+        run.on_device(lambda c=comps: [(settings, levels, c)], torch.tensor(count))
+    got = [list(tensors) for tensors in levels]
+    got[0][2] = rules.kahan_join(got[0][2], comp, F32)
+    for at, values in zip(got, want):
+        torch.testing.assert_close(at, values, rtol=1e-5, atol=1e-5)
+    assert launched == [1, 1] * 2
 
 
 def test_tensors_in_another_order_of_memory_are_left_to_torch(launched):
@@ -123,11 +185,13 @@ def test_a_memory_on_the_kernel_is_the_memory_on_torchs_operations(
         optimizer = torch.optim.AdamW(ps, lr=0.1)
         memory = WeightMemory(optimizer, (2, 4), 0.3, 0.4)
         if on_device and ps is params:
-            # As if the count were where the host must not look.
+            # As if the host must not look at the count.
             monkeypatch.setattr(memory, "_exchange", lambda count, m=memory: counted_on_device(m))
         train(optimizer, ps, range(9))
         results.append([t.detach().clone() for k in range(3) for t in memory.weights(k)])
         assert bool(launched) == (ps is params)
+        if on_device and ps is params:
+            assert launched == [3] * 9
         launched.clear()
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 

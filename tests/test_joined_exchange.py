@@ -7,9 +7,10 @@ import torch
 from torch.nn import Parameter
 
 from nested_optim import NestedOptimizer, WeightMemory
+from nested_optim.exchanges import Exchanges
 from nested_optim.kernels.tables import CHUNK
 
-from .helpers import clone_params, make_params, random_grads, set_grads
+from .helpers import assert_same_tensors, clone_params, make_params, random_grads, set_grads
 from .interpreter import interpreted
 
 pytest.importorskip("triton")
@@ -28,13 +29,13 @@ def pair(params, fused=True, frequencies=(2, 4), write=0.3, pull=0.2, dtype=None
     optimizer = NestedOptimizer(params, lr=0.1, fused=fused, foreach=None, **options)
     memory = WeightMemory(optimizer, frequencies, write, pull, dtype=dtype)
     given = []
-    real = memory._run
 
-    def watching(faster, slower, *args, **kwargs):
-        given.append(list(faster))
-        return real(faster, slower, *args, **kwargs)
+    class Watching(Exchanges):
+        def __call__(self, faster, *args, **kwargs):
+            given.append(list(faster))
+            super().__call__(faster, *args, **kwargs)
 
-    memory._run = watching
+    memory._run = Watching()
     return memory, given
 
 
@@ -109,6 +110,16 @@ def test_bfloat16_weights_exchange_what_is_stored():
     assert joined.optimizer.state[params[0]]["memory_1"].dtype == torch.float32
     for level in range(3):
         torch.testing.assert_close(joined.weights(level), hooked.weights(level))
+
+
+def test_narrow_copies_draw_nothing_that_stands_still():
+    params = make_params(*SHAPES)
+    before = clone_params(params)
+    joined, given = pair(params, frequencies=(1, 2), dtype=torch.bfloat16)
+    joined.optimizer.param_groups[0]["lr"] = 0.0
+    train((joined,), (params,), range(5))
+    assert not any(t is p for call in given[2:] for t in call for p in params)
+    assert_same_tensors(params, before)
 
 
 def test_groups_keep_their_own_exchanges():

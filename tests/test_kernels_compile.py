@@ -112,17 +112,20 @@ def test_symmetric_products_compile_to_reads_of_the_copy_engine(along, monkeypat
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F32, F32), (F64, F64, F64)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_the_exchange_compiles_to_accesses_of_16_bytes(dtypes, gated, monkeypatch):
+@pytest.mark.parametrize("pairs", [None, 1, 3])
+def test_the_exchange_compiles_to_accesses_of_16_bytes(dtypes, pairs, monkeypatch):
     module = without_interpreter("nested_optim.kernels.exchange", monkeypatch)
     kinds = {"chunks": "*i32", "rows": "*i64", "rates": "*fp64"}
     constants = dict(zip(("FASTER", "SLOWER", "COMPUTE"), map(module._DTYPES.get, dtypes)))
-    constants |= {"GATED": gated, "CHUNK": module.CHUNK}
-    gates = {"count": "*i64", "found_inf": "*fp32"}
-    kinds.update(gates) if gated else constants.update(dict.fromkeys(gates))
-    lines = lines_of_ptx(module.exchange_kernel, kinds, constants, module.NUM_WARPS)
+    constants |= {"CHUNK": module.CHUNK}
+    kernel = module.exchange_kernel if pairs is None else module.chain_kernel
+    if pairs is not None:
+        kinds |= {"count": "*i64", "found_inf": "*fp32", "n_chunks": "i32"}
+        constants |= {"DEEP": module._DTYPES[dtypes[1]], "PAIRS": pairs}
+    lines = lines_of_ptx(kernel, kinds, constants, module.NUM_WARPS)
     for access in ("ld.global", "st.global"):
-        assert any(access in x and (".v4." in x or ".v2.b64" in x) for x in lines)
+        wide = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
+        assert len(wide) >= (pairs or 1) + 1  # every level, if it is of at least 4 bytes
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

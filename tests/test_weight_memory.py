@@ -1,6 +1,7 @@
 """WeightMemory: the exchange rule, its special cases, and steps that must not count."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -118,6 +119,8 @@ def test_equal_rates_conserve_the_sum_of_a_pair(write, pull):
         (torch.float64, torch.float64),
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.bfloat16),
         (torch.complex64, torch.complex64),
     ],
     ids=str,
@@ -126,6 +129,8 @@ def test_equal_rates_conserve_the_sum_of_a_pair(write, pull):
 def test_lists_in_place_are_the_rule_to_the_last_bit(u_dtype, v_dtype, write, pull):
     us = [torch.randn(s, dtype=u_dtype) for s in SHAPES] + [torch.randn(6, 4, dtype=u_dtype).t()]
     vs = [torch.randn(s, dtype=v_dtype) for s in SHAPES] + [torch.randn(6, 4, dtype=v_dtype).t()]
+    us.append(torch.randn(50, dtype=u_dtype))
+    vs.append(us[-1].to(v_dtype))  # as rounding has left it
     want = [rules.exchange(u, v, write=write, pull=pull) for u, v in zip(us, vs)]
     exchange_(us, vs, write, pull)
     assert_same_tensors(us, [u for u, _ in want])
@@ -206,6 +211,19 @@ def test_with_lr_0_from_the_start_nothing_moves(name):
     train(optimizer, params, range(5))
     assert_same_tensors(params, before)
     assert_same_tensors(memory.weights(-1), before)
+
+
+@pytest.mark.parametrize("write, pull", [(0.5, 0.5), (0.1, 0.9), (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("frequencies", [(1,), (1, 2)])
+def test_with_lr_0_narrow_copies_move_nothing(frequencies, write, pull):
+    """They are rounded, and must not draw the weights to what they can hold."""
+    params = make_params(*SHAPES)
+    before = clone_params(params)
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    memory = WeightMemory(optimizer, frequencies, write, pull, dtype="bfloat16")
+    train(optimizer, params, range(5))
+    assert_same_tensors(params, before)
+    assert_same_tensors(memory.weights(-1), [p.detach().bfloat16() for p in before])
 
 
 def test_copies_are_of_the_weights_before_the_first_step():
@@ -369,6 +387,19 @@ def test_a_step_that_only_creates_state_does_not_count(name):
     assert_same_tensors(memory.weights(1), other.weights(1))
 
 
+@pytest.mark.parametrize("grad", ["zero", "not zero"])
+def test_sparse_gradients_tell_whether_a_step_counts(grad):
+    table = nn.Embedding(10, 3, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.0)
+    memory = WeightMemory(optimizer, (2,))
+    for _ in range(2):
+        optimizer.zero_grad()
+        (table(torch.tensor([1, 2, 1])).sum() * (grad != "zero")).backward()
+        optimizer.step()
+    # Without state of its own and at lr 0, the first step may have served to create it.
+    assert memory.optimizer.state[table.weight]["memory_count"] == 1 + (grad != "zero")
+
+
 # ---------------------------------------------------------------------- groups and options
 
 
@@ -465,6 +496,22 @@ def test_a_typo_in_a_memory_option_is_told():
         NestedOptimizer([{"params": make_params((3,)), "memory_frequency": (3,)}], lr=0.1)
 
 
+def test_the_signature_says_the_defaults_and_presets_come_before_them():
+    own = inspect.signature(WeightMemory).parameters
+    assert (own["frequencies"].default, own["write"].default) == ((10, 50), (0.5, 0.5))
+    group = {}
+    for preset in (None, "continual"):
+        optimizer = torch.optim.SGD(make_params((3,)), lr=0.1)
+        WeightMemory(optimizer, preset=preset, write=None)
+        group[preset] = optimizer.param_groups[0]
+    assert group[None]["memory_frequencies"] == (10, 50)
+    assert group["continual"]["memory_frequencies"] == (5, 50)
+    assert group["continual"]["memory_write"] == (0.2, 0.2)
+    optimizer = torch.optim.SGD(make_params((3,)), lr=0.1)
+    WeightMemory(optimizer, (3, 4, 5))  # one rate for all serves any number of levels
+    assert optimizer.param_groups[0]["memory_pull"] == (0.5, 0.5, 0.5)
+
+
 def test_one_memory_per_optimizer():
     optimizer = torch.optim.AdamW(make_params((3,)))
     memory = WeightMemory(optimizer)
@@ -494,6 +541,19 @@ def test_detaching_leaves_the_bare_optimizer():
         train(opt, ps, range(2, 5))
     assert_same_tensors(params, twins)
     assert_same_state(optimizer, bare)
+
+
+def test_detaching_leaves_what_the_caller_has_set():
+    params = make_params((3,), (4,), (5,))
+    groups = [{"params": params[:1], "memory_frequencies": [7]}, {"params": params[1:2]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    memory = WeightMemory(optimizer, (2,))
+    optimizer.add_param_group({"params": params[2:], "memory_dtype": "bfloat16"})
+    train(optimizer, params, range(2))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    memory.detach()
+    own = [{k: v for k, v in g.items() if "memory" in k} for g in optimizer.param_groups]
+    assert own == [{"memory_frequencies": (7,)}, {}, {"memory_dtype": "bfloat16"}]
 
 
 def test_a_parameter_of_another_shape_is_refused():
@@ -557,6 +617,18 @@ def test_compensated_weights_exchange_with_their_compensation():
     joined = rules.kahan_join(p.detach(), optimizer.state[p]["kahan_comp"], torch.float32)
     torch.testing.assert_close(joined, memory.weights(1)[0], rtol=1e-4, atol=0)
     assert 255.0 < joined[0] < 256.0  # eight halved steps of 0.1
+
+
+def test_copies_of_compensated_weights_have_the_compensation():
+    p = Parameter(torch.full((8,), 256.0, dtype=torch.bfloat16))
+    optimizer = NestedOptimizer([p], lr=0.1, weight_decay=0.0, kahan_sum=True)
+    for _ in range(3):
+        step_with(optimizer, [p], [torch.ones_like(p)])
+    joined = rules.kahan_join(p.detach(), optimizer.state[p]["kahan_comp"], torch.float32)
+    assert not torch.equal(joined, p.detach().float())
+    memory = WeightMemory(optimizer, (10,))  # late
+    step_with(optimizer, [p], [torch.ones_like(p)])
+    assert_same_tensors(memory.weights(1), [joined])
 
 
 def test_a_compiled_step_runs_the_exchange():

@@ -188,6 +188,67 @@ def test_a_broken_checkpoint_is_refused_before_anything_changes(what):
     assert memory.weights(1)[0] is twin.state[params[0]]["memory_1"]
 
 
+def loaded_too_early(dtype, steps, memory_dtype=None):
+    """The optimizer and its parameters, its state loaded before there is a memory; and its twin."""
+    params = make_params(*SHAPES, dtype=dtype)
+    optimizer = torch.optim.AdamW(params, lr=0.1)
+    WeightMemory(optimizer, (2, 5), 0.3, 0.2, dtype=memory_dtype)
+    train(optimizer, params, range(steps))
+    late_params = clone_params(params)
+    late = torch.optim.AdamW(late_params, lr=0.1)
+    late.load_state_dict(through_a_file(optimizer.state_dict()))
+    return late, late_params, optimizer, params
+
+
+@pytest.mark.parametrize(
+    "dtype, memory_dtype",
+    [
+        (torch.float32, None),
+        (torch.float64, "float32"),
+        (torch.float32, "bfloat16"),
+        (torch.bfloat16, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_attaching_after_loading_takes_over_what_is_exact(dtype, memory_dtype):
+    late, late_params, optimizer, params = loaded_too_early(dtype, 3, memory_dtype)
+    assert late.state[late_params[0]]["memory_count"].dtype == dtype  # as torch has cast it
+    WeightMemory(late)
+    for opt, ps in ((optimizer, params), (late, late_params)):
+        train(opt, ps, range(3, 9))
+    assert_same_tensors(params, late_params)
+    assert_same_state(optimizer, late)
+
+
+@pytest.mark.parametrize(
+    "dtype, memory_dtype, count, message",
+    [
+        (torch.bfloat16, None, None, "'memory_1'.*bfloat16, rounded from torch.float32"),
+        (torch.float32, "float64", None, "'memory_1'.*float32, rounded from torch.float64"),
+        (torch.bfloat16, "bfloat16", 256, "'memory_count'.*256 in torch.bfloat16"),
+    ],
+    ids=str,
+)
+def test_attaching_after_loading_is_refused_where_something_was_lost(
+    dtype, memory_dtype, count, message
+):
+    late, late_params, *_ = loaded_too_early(dtype, 3, memory_dtype)
+    if count is not None:
+        for p in late_params:
+            late.state[p]["memory_count"].fill_(count)
+    before = copy.deepcopy(late.state_dict())
+    with pytest.raises(ValueError, match=message + ".*Attach the memory first"):
+        WeightMemory(late)
+    assert before["param_groups"] == late.state_dict()["param_groups"]
+
+
+def test_attaching_to_counts_that_differ_is_refused():
+    late, late_params, *_ = loaded_too_early(torch.float32, 3)
+    late.state[late_params[1]]["memory_count"].fill_(7)
+    with pytest.raises(ValueError, match=r"disagrees on memory_count.*\[3, 7\]"):
+        WeightMemory(late)
+
+
 @pytest.mark.parametrize("copies", ["pickle", "deepcopy"])
 def test_copies_of_an_optimizer_keep_the_levels_and_take_a_new_memory(copies):
     params = make_params(*SHAPES)
@@ -203,6 +264,14 @@ def test_copies_of_an_optimizer_keep_the_levels_and_take_a_new_memory(copies):
         train(opt, ps, range(3, 9))
     assert_same_tensors(params, own)
     assert_same_state(optimizer, copied)
+
+
+@pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_memory_is_not_copied_itself(copies):
+    """Copies would watch an optimizer that knows nothing of them."""
+    memory = WeightMemory(torch.optim.AdamW(make_params((3,))))
+    with pytest.raises(TypeError, match="attach a WeightMemory to the copy"):
+        copies(memory)
 
 
 @pytest.mark.parametrize("flatten", [False, True])
@@ -261,17 +330,31 @@ def test_averages_of_buffers_ride_along():
             optimizer.step()
 
     model, optimizer, memory = build()
-    go(model, optimizer, range(3))
+    go(model, optimizer, range(1))
+    bare = torch.optim.AdamW(model.parameters(), lr=0.1).state_dict()
+    bare = {**bare, "state": {}}
+    go(model, optimizer, range(1, 3))
     saved = through_a_file([model.state_dict(), optimizer.state_dict()])
     go(model, optimizer, range(3, 7))
     other, resumed, its_memory = build()
     other.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
+    resumed.load_state_dict(copy.deepcopy(saved[1]))
     go(other, resumed, range(3, 7))
     for level in (1, 2, "mean"):
         a, b = memory.model_state_dict(model, level), its_memory.model_state_dict(other, level)
         assert_same_tensors(list(a.values()), list(b.values()))
     wrong = copy.deepcopy(saved[1])
+    other.load_state_dict(saved[0])
+    faster = torch.optim.AdamW(other.parameters(), lr=0.1)
+    its_memory = WeightMemory(faster, (3,), 0.3, 0.4, buffers_from=other)
+    with pytest.warns(UserWarning, match="memory_frequencies"):
+        faster.load_state_dict(copy.deepcopy(saved[1]))  # whose frequencies win, for buffers too
+    go(other, faster, range(3, 7))
+    for level in (1, 2):
+        a, b = memory.model_state_dict(model, level), its_memory.model_state_dict(other, level)
+        assert_same_tensors(list(a.values()), list(b.values()))
+    faster.load_state_dict(bare)
+    assert "memory_buffers" not in faster.param_groups[0]
     wrong["param_groups"][0]["memory_buffers"] = torch.zeros(2, 5)
     with pytest.raises(ValueError, match="averages of buffers"):
         resumed.load_state_dict(wrong)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nested_optim import NestedOptimizer, WeightMemory
+from nested_optim import DeepNestedOptimizer, NestedOptimizer, WeightMemory
 from nested_optim.memory_levels import PRESETS
 
 from .helpers import assert_same_tensors, clone_params, make_params, random_grads, train
@@ -61,12 +61,41 @@ def test_training_and_checkpoints_are_refused_inside(cls):
             optimizer.step,
             optimizer.state_dict,
             lambda: optimizer.load_state_dict(saved),
+            lambda: optimizer.add_param_group({"params": make_params((2,))}),
             memory.detach,
             memory.read_out().__enter__,
         ):
             with pytest.raises(RuntimeError, match=r"inside read_out\(\)"):
                 action()
     assert_same_tensors(params, live)
+    optimizer.add_param_group({"params": make_params((2,))})
+
+
+def test_what_else_would_move_the_weights_is_refused_inside():
+    """Windows that are flushed and meta updates, for which there are no hooks."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+
+    def loss_fn(model, batch):
+        return model(batch).square().mean()
+
+    memory = {"frequencies": (1,), "write": 0.2, "pull": 0.1}
+    optimizer = DeepNestedOptimizer(
+        model, lr=0.1, mode="explicit", loss_fn=loss_fn, frequency=4, memory=memory
+    )
+    optimizer.flush = real = optimizer.flush  # somebody has wrapped it
+    batch = torch.randn(8, 4)
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+    with optimizer.weight_memory.read_out():
+        for action in (optimizer.flush, lambda: optimizer.meta_update(batch, [batch])):
+            with pytest.raises(RuntimeError, match=r"inside read_out\(\)"):
+                action()
+    assert optimizer.flush is real
+    optimizer.meta_update(batch, [batch])
+    assert optimizer.flush() > 0
 
 
 def test_a_run_that_was_read_out_is_the_run_that_was_not():
@@ -89,6 +118,9 @@ def test_a_run_that_was_read_out_is_the_run_that_was_not():
         (1.5, "integer, 'mean'"),
         ((0.5, 0.5), "2 weights were given for the 3 levels"),
         ((0.5, 0.5, 0.5), "sum to 1"),
+        ((float("nan"), 0.5, 0.5), "sum to 1"),
+        (["a", 1.0], "must be numbers"),
+        ((None, 0.5, 0.5), "must be numbers"),
     ],
     ids=str,
 )
@@ -98,6 +130,22 @@ def test_a_level_that_is_not_there_is_refused(level, message):
     with pytest.raises(ValueError, match=message), memory.read_out(level):
         pass
     assert_same_tensors(params, live)
+
+
+def test_there_is_nothing_to_read_after_detaching():
+    params, _, memory = trained()
+    memory.detach()
+    memory.detach()
+    for action in (
+        lambda: memory.weights(),
+        lambda: memory.weights(1),
+        lambda: memory.read_out().__enter__(),
+        lambda: memory.read_out(0).__enter__(),
+        lambda: memory.model_state_dict(nn.Linear(2, 2)),
+    ):
+        with pytest.raises(RuntimeError, match="was detached"):
+            action()
+    assert memory.weights(0) == params
 
 
 def test_groups_without_copies_are_read_live():
@@ -190,6 +238,102 @@ def test_statistics_can_be_computed_anew_for_a_read_out():
     assert_same_tensors(list(model.buffers()), live)
 
 
+@pytest.mark.parametrize("level", [None, 0, 1, "mean", (0.5, 0.25, 0.25)], ids=str)
+def test_averages_of_buffers_are_given_by_name(level):
+    model, memory, _ = batchnorm_run()
+    given = memory.average_buffers() if level is None else memory.average_buffers(level)
+    assert list(given) == ["1.running_mean", "1.running_var"]
+    with memory.read_out(level):
+        assert_same_tensors(list(given.values()), [model[1].running_mean, model[1].running_var])
+    given["1.running_mean"].zero_()
+    assert memory.average_buffers()["1.running_mean"].any()
+
+
+def test_averages_of_buffers_need_the_model_and_begin_live():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory = WeightMemory(optimizer, (2,), buffers_from=model)
+    assert torch.equal(memory.average_buffers(1)["1.running_var"], torch.ones(3))
+    with pytest.raises(ValueError, match="no level 4"):
+        memory.average_buffers(4)
+    with memory.read_out(update_bn=[torch.randn(8, 4)]):  # before there is anything to swap
+        assert model[1].running_mean.any()
+    assert not model[1].running_mean.any()
+    memory.detach()
+    with pytest.raises(ValueError, match="buffers_from=model"):
+        WeightMemory(optimizer).average_buffers()
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_read_out_is_exported_with_statistics_of_its_own(averaged):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    memory = WeightMemory(optimizer, (2,), buffers_from=model if averaged else None)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    inputs = [torch.randn(16, 4) for _ in range(3)]
+    exported = memory.model_state_dict(model, 1, update_bn=iter(inputs))
+    hidden = torch.cat([x @ exported["0.weight"].T + exported["0.bias"] for x in inputs])
+    torch.testing.assert_close(exported["1.running_mean"], hidden.mean(0), rtol=1e-4, atol=1e-5)
+    assert exported["1.num_batches_tracked"] == 3
+    assert torch.equal(exported["0.weight"], memory.weights(1)[0])
+    assert_same_tensors(list(model.state_dict().values()), list(before.values()))
+
+
+def test_averages_of_buffers_go_by_the_groups_settings():
+    """Also when these change: a new level begins at the live buffers."""
+    model, memory, _ = batchnorm_run()
+    group = memory.optimizer.param_groups[0]
+
+    def step():
+        memory.optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        memory.optimizer.step()
+
+    kept = group["memory_buffers"][0].clone()
+    group.update(memory_frequencies=(100, 200, 300), memory_write=0.5, memory_pull=0.1)
+    step()
+    live = torch.cat([model[1].running_mean, model[1].running_var])
+    rows = group["memory_buffers"]
+    assert rows.shape == (3, 6)
+    assert_same_tensors([rows[0], rows[2]], [kept, live])
+    group.update(memory_frequencies=(1,), memory_write=0.5, memory_pull=0.1)
+    step()
+    live = torch.cat([model[1].running_mean, model[1].running_var])
+    torch.testing.assert_close(group["memory_buffers"], (kept + 0.5 * (live - kept))[None])
+    with memory.read_out(1):
+        torch.testing.assert_close(model[1].running_mean, group["memory_buffers"][0, :3])
+    group["memory_frequencies"] = ()
+    step()
+    assert "memory_buffers" not in group
+    before = model[1].running_mean.clone()
+    with memory.read_out():
+        assert torch.equal(model[1].running_mean, before)
+
+
+def test_a_loader_that_fails_leaves_the_model_as_it_was():
+    model, memory, _ = batchnorm_run()
+    model.eval()
+    model[2].train()  # each module has its own mode
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loader():
+        yield torch.randn(8, 4)
+        raise OSError("no disk")
+
+    with pytest.raises(OSError, match="no disk"), memory.read_out(update_bn=loader()):
+        pass
+    assert [m.training for m in model.modules()] == [False, False, False, True]
+    assert model[1].momentum == 0.1
+    assert_same_tensors(list(model.state_dict().values()), list(before.values()))
+    with memory.read_out(update_bn=[torch.randn(8, 4)]):
+        assert [m.training for m in model.modules()] == [False, False, False, True]
+
+
 def test_statistics_need_the_model():
     _, _, memory = trained()
     with pytest.raises(ValueError, match="buffers_from=model"), memory.read_out(update_bn=[]):
@@ -213,6 +357,19 @@ def test_presets_give_settings_and_a_level(name):
     with memory.read_out():
         torch.testing.assert_close(params, want, rtol=0, atol=1e-6, check_stride=False)
         assert any(not torch.equal(p, live) for p, live in zip(params, levels[0]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("frequencies", [(1,), (1, 2, 3)])
+def test_presets_read_out_any_number_of_levels(name, frequencies):
+    params = make_params((3,))
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    memory = WeightMemory(optimizer, frequencies, 0.2, 0.1, preset=name)
+    train(optimizer, params, range(4))
+    levels = [memory.weights(k)[0].detach().clone() for k in range(len(frequencies) + 1)]
+    want = sum(levels) / len(levels) if PRESETS[name].read == "mean" else levels[-1]
+    with memory.read_out():
+        torch.testing.assert_close(params[0].detach(), want)
 
 
 def test_what_is_given_comes_before_a_preset():

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .exchange import exchanged
 from .launcher import repeatable
 from .tables import CHUNK, LevelTable
 
@@ -158,15 +159,6 @@ def _store(address, start, lanes, mask, value, DTYPE: tl.constexpr, FULL: tl.con
 
 
 @triton.jit
-def _exchanged(u, v, write, rate):
-    """``rules.exchange``, in the two forms of a lerp: exact at either end."""
-    change = u - v
-    v = tl.where(write < 0.5, v + write * change, u - change * (1 - write))
-    change = v - u
-    return tl.where(rate < 0.5, u + rate * change, v - change * (1 - rate)), v
-
-
-@triton.jit
 def _exchange_chunk(
     row,
     order,
@@ -183,7 +175,7 @@ def _exchange_chunk(
     param_at = tl.load(row + 1)
     u = _load(param_at, start, lanes, mask, PARAM, FULL).to(COMPUTE)
     v = _load(slower_at, start, lanes, mask, SLOWER, FULL).to(COMPUTE)
-    u, v = _exchanged(u, v, tl.load(order + 14), tl.load(order + 15))
+    u, v = exchanged(u, v, tl.load(order + 14), tl.load(order + 15), SLOWER)
     _store(param_at, start, lanes, mask, u, PARAM, FULL)
     _store(slower_at, start, lanes, mask, v, SLOWER, FULL)
 
@@ -271,7 +263,7 @@ def _apply_chunk(
             if slower_at != 0:
                 slower = _load(slower_at, start, lanes, mask, SLOWER, FULL).to(COMPUTE)
                 write, rate = tl.load(order + 14), tl.load(order + 15)
-                new, slower = _exchanged(new.to(PARAM).to(COMPUTE), slower, write, rate)
+                new, slower = exchanged(new.to(PARAM).to(COMPUTE), slower, write, rate, SLOWER)
                 _store(slower_at, start, lanes, mask, slower, SLOWER, FULL)
         _store(param_at, start, lanes, mask, new, PARAM, FULL)
         _store(exp_avg_at, start, lanes, mask, exp_avg, MOMENT, FULL)

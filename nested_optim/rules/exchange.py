@@ -15,6 +15,11 @@ def pull_after_write(write: float, pull: float) -> float:
     return min(1.0, pull / (1 - write)) if write < 1 else 0.0
 
 
+def narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """Whether numbers of ``than`` may be rounded in ``dtype``."""
+    return torch.promote_types(dtype, than) != dtype
+
+
 def exchange(faster: Tensor, slower: Tensor, *, write: float, pull: float) -> tuple[Tensor, Tensor]:
     """One exchange of a pair of levels: ``(faster + pull d, slower - write d)``, ``d = slower -
     faster``.
@@ -30,6 +35,10 @@ def exchange(faster: Tensor, slower: Tensor, *, write: float, pull: float) -> tu
         write: how far the slower copy goes to the faster weights, in [0, 1].
         pull: how far the faster weights go to the slower copy; ``write + pull <= 1``.
 
+    A slower copy that is narrower than the faster weights cannot follow them everywhere. Where it
+    is what they round to, both stay as they are, so that weights which stand still are not drawn
+    to what their copy can hold.
+
     Returns:
         The new pair, computed in the wider of both dtypes and float32, each rounded to its own.
         Equal inputs come back as they are.
@@ -41,5 +50,7 @@ def exchange(faster: Tensor, slower: Tensor, *, write: float, pull: float) -> tu
     wide = torch.promote_types(torch.promote_types(faster.dtype, slower.dtype), torch.float32)
     u, v = faster.to(wide), slower.to(wide)
     v = v.lerp(u, write)
-    u = u.lerp(v, pull_after_write(write, pull))
-    return u.to(faster.dtype), v.to(slower.dtype)
+    u = u.lerp(v, pull_after_write(write, pull)).to(faster.dtype)
+    if narrower(slower.dtype, faster.dtype):
+        u = torch.where(faster.to(slower.dtype) == slower, faster, u)
+    return u, v.to(slower.dtype)
