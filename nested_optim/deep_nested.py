@@ -259,7 +259,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         self._batches: deque[Any] = deque()
         self._inputs = {}
         self._learning = FusedLearning()
-        self.last_meta_loss = self.controller_grad_norm = None
+        self.last_meta_loss, self.controller_grad_norm = None, torch.zeros(())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -406,7 +406,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         Returns:
             The closure's loss, or None; told a loss, a dict of ``global_step`` (steps so far),
             ``lr_multipliers`` (``(groups,)``, those of this step), ``meta_loss`` and
-            ``controller_grad_norm`` (of the last meta update, None before one).
+            ``controller_grad_norm`` (of the last meta update; None and 0 before one).
 
         Raises:
             TypeError: the loss is no number.
@@ -432,7 +432,8 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     def observe_loss(self, loss: float | Tensor | None) -> None:
         """Tell the loss of the next step, which forgets it; None withdraws it."""
-        self._loss = None if loss is None else as_loss(loss)
+        # The caller may go on adding to its tensor until then.
+        self._loss = None if loss is None else as_loss(loss).clone()
 
     def _step(self, closure: Callable[[], Any] | None, fused: FusedSteps | None) -> Any:
         self._due, self._counted = [], False
@@ -512,7 +513,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             self.controller_grad_norm = learned.meta_step(
                 first, first["meta_update_freq"], first["meta_rule"]
             )
-            self.last_meta_loss = self._loss
+            self.last_meta_loss = None if self._loss is None else self._loss.clone()
         if plan is not None:
             # Weights do not change between, so what this gradient teaches may be gathered late.
             self._inputs.update(plan.update(first, learn=learns and not update_of_networks))
