@@ -100,8 +100,9 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         learn_mixing (bool): the mixture, and with it the slow momenta (default: True).
         normalize (bool): divide by the root of the second moment (default: True).
         val_batch_fn (callable): gives a validation batch for a :meth:`meta_update` every
-            ``meta_update_freq`` steps, in explicit mode, on the batches of :meth:`observe_batch`.
-            Not saved, like any hook.
+            ``meta_update_freq`` steps, in explicit mode, on the batches of :meth:`observe_batch`
+            (before each step); passed over while fewer than ``k_unroll`` have come. Not saved, like
+            any hook.
         fused (bool): with the learned parts on, whether to use the kernels, where there is Triton
             and a CUDA device: in one pass over memory a step learns and updates, with 32 bytes per
             parameter in float32 and 8 more per slow momentum. The first update of a parameter, and
@@ -240,7 +241,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             if mode != "explicit":
                 raise ValueError("val_batch_fn is for mode='explicit'; mode='simple' needs no data")
             self.register_meta_update_hook(
-                lambda _: self.meta_update(val_batch_fn()), every=meta_update_freq
+                lambda _: self._scheduled_meta_update(val_batch_fn), every=meta_update_freq
             )
 
     _wide_keys = (*NestedOptimizer._wide_keys, *options.SLOW_KEYS)
@@ -259,7 +260,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         self._batches: deque[Any] = deque()
         self._inputs = {}
         self._learning = FusedLearning()
-        self.last_meta_loss = self.controller_grad_norm = None
+        self.last_meta_loss, self.controller_grad_norm = None, torch.zeros(())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -406,7 +407,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         Returns:
             The closure's loss, or None; told a loss, a dict of ``global_step`` (steps so far),
             ``lr_multipliers`` (``(groups,)``, those of this step), ``meta_loss`` and
-            ``controller_grad_norm`` (of the last meta update, None before one).
+            ``controller_grad_norm`` (of the last meta update; None and 0 before one).
 
         Raises:
             TypeError: the loss is no number.
@@ -432,7 +433,8 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     def observe_loss(self, loss: float | Tensor | None) -> None:
         """Tell the loss of the next step, which forgets it; None withdraws it."""
-        self._loss = None if loss is None else as_loss(loss)
+        # The caller may go on adding to its tensor until then.
+        self._loss = None if loss is None else as_loss(loss).clone()
 
     def _step(self, closure: Callable[[], Any] | None, fused: FusedSteps | None) -> Any:
         self._due, self._counted = [], False
@@ -513,7 +515,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             self.controller_grad_norm = learned.meta_step(
                 first, first["meta_update_freq"], first["meta_rule"]
             )
-            self.last_meta_loss = self._loss
+            self.last_meta_loss = None if self._loss is None else self._loss.clone()
         if plan is not None:
             # Weights do not change between, so what this gradient teaches may be gathered late.
             self._inputs.update(plan.update(first, learn=learns and not update_of_networks))
@@ -531,12 +533,17 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
     def observe_batch(self, batch: Any) -> None:
         """Keep a training batch for :meth:`meta_update`; the last ``k_unroll`` are kept.
 
-        They are held as they are and not saved with the state: after resuming, meta updates begin
-        when as many have come again.
+        They are held as they are and not saved with the state: after resuming, meta updates by
+        ``val_batch_fn`` begin when as many have come again.
         """
         self._batches.append(batch)
         while len(self._batches) > self.param_groups[0]["k_unroll"]:
             self._batches.popleft()
+
+    def _scheduled_meta_update(self, val_batch_fn: Callable[[], Any]) -> None:
+        # Fewer batches than an unroll needs are on their way: at the start, and after resuming.
+        if not 0 < len(self._batches) < self.param_groups[0]["k_unroll"]:
+            self.meta_update(val_batch_fn())
 
     @torch._disable_dynamo
     def meta_update(

@@ -252,6 +252,9 @@ def test_the_simplified_trainer_keeps_a_record():
     found = trainer.get_statistics()
     assert len(trainer.loss_history) == 4 and found["meta/loss_improvement"] > 0
     assert found["meta/improved"] == 1.0 and trainer.improved()
+    assert found["meta/avg_lr_multiplier"] == 1.0
+    trainer.record_step(1.0, torch.tensor([4.0, 6.0]), 0.0)
+    assert trainer.get_statistics()["meta/avg_lr_multiplier"] == (3 + 5) / 4
     trainer.improvement_threshold = 10.0
     assert not trainer.improved()
 
@@ -334,6 +337,9 @@ def test_trainers_refuse_what_they_cannot_use():
     with pytest.raises(ValueError, match="at most 6 features"):
         wide = NestedController(n_features=7)
         trainer.compute_meta_loss(Net(), {"controller": wide}, batches, batch(9), loss_of)
+    twice = {"momentum": L2RegressionMomentum(), "momentum_mlp": L2RegressionMomentum()}
+    with pytest.raises(ValueError, match="'momentum' and 'momentum_mlp' are one component"):
+        trainer.compute_meta_loss(Net(), twice, batches, batch(9), loss_of)
 
 
 def test_the_modules_train_an_optimizer_s_own_model():

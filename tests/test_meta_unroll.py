@@ -377,6 +377,50 @@ def test_meta_updates_run_by_themselves_where_validation_batches_are_given():
     assert len(calls) == 2 and optimizer.param_groups[0]["meta_updates"] == 2
 
 
+def automatic(model, every, k, **options):
+    val = batch(99, torch.float32)
+    options = {"lr": 0.05, "k_unroll": k, "meta_update_freq": every, **EXPLICIT, **options}
+    return DeepNestedOptimizer(model, val_batch_fn=lambda: val, **options)
+
+
+def observed_steps(optimizer, model, steps, start=0):
+    """After how many of these steps there has been a meta update."""
+    found = []
+    for i in range(start, start + steps):
+        before = optimizer.param_groups[0]["meta_updates"]
+        x = batch(i, torch.float32)
+        optimizer.observe_batch(x)
+        step_on(optimizer, model, x)
+        if optimizer.param_groups[0]["meta_updates"] > before:
+            found.append(i + 1)
+    return found
+
+
+def test_meta_updates_wait_for_their_batches_where_they_are_more_frequent_than_an_unroll_is_long():
+    model = Net(torch.float32)
+    optimizer = automatic(model, every=2, k=5)
+    assert observed_steps(optimizer, model, 10) == [6, 8, 10]
+
+
+def test_meta_updates_wait_for_their_batches_after_resuming():
+    model = Net(torch.float32)
+    optimizer = automatic(model, every=4, k=3)
+    assert observed_steps(optimizer, model, 7) == [4]
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = automatic(model, every=4, k=3)
+    again.load_state_dict(saved)
+    # The eighth step finds one batch.
+    assert observed_steps(again, model, 9, start=7) == [12, 16]
+
+
+def test_meta_updates_without_any_batch_are_refused():
+    model = Net(torch.float32)
+    optimizer = automatic(model, every=2, k=1)
+    step_on(optimizer, model, batch(0, torch.float32))
+    with pytest.raises(RuntimeError, match=r"0 batches have been seen: call observe_batch\(\)"):
+        step_on(optimizer, model, batch(1, torch.float32))
+
+
 def test_what_an_unroll_cannot_do_is_refused():
     model = Net(torch.float32)
     val = batch(99, torch.float32)

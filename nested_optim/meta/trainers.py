@@ -112,12 +112,16 @@ class SimplifiedMetaTrainer:
         """Numbers for a logger; empty before the second step."""
         if len(self.loss_history) < 2:
             return {}
-        return {
+        found = {
             "meta/loss_improvement": self.loss_history[0] - self.loss_history[-1],
             "meta/loss_variance": statistics.stdev(self.loss_history),
             "meta/avg_momentum_norm": statistics.fmean(self.momentum_history),
             "meta/improved": float(self.improved()),
         }
+        if self.multiplier_history:
+            means = [multipliers.float().mean() for multipliers in self.multiplier_history]
+            found["meta/avg_lr_multiplier"] = float(torch.stack(means).mean())
+        return found
 
 
 class UnrolledMetaTrainer:
@@ -129,7 +133,8 @@ class UnrolledMetaTrainer:
 
     Args:
         k_steps: steps to unroll (default: 5).
-        use_checkpointing: keep one step's graph at a time, for less memory (default: True).
+        use_checkpointing: keep one step's graph at a time, for less memory (default: True). Of no
+            effect with ``second_order=False``, where the model's graphs are not kept.
         accumulate_grad: False differentiates the last of the steps only (default: True).
         second_order: False takes the model's gradients as constants, which is cheaper and biased
             (default: True).
@@ -265,6 +270,10 @@ def _networks_of(
                 max_lr_mult=module.max_lr_mult,
             )
         elif name in ("momentum", "momentum_mlp") and isinstance(module, L2RegressionMomentum):
+            if "momentum" in flats:
+                raise ValueError(
+                    "'momentum' and 'momentum_mlp' are one component: give one of them"
+                )
             flats["momentum"] = module.weights
             networks.update(
                 momentum_hidden_dim=module.hidden_dim,

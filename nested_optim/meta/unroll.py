@@ -12,9 +12,11 @@ rule are the same functions, on copies, under autograd. Three ways to go back th
 
 The model must be twice differentiable. Scaled-dot-product attention runs on its mathematical form,
 whose kernel is, and ``torch.compile`` is bypassed; recurrent layers on cuDNN and sparse embeddings
-are not. Random numbers are drawn as the next real steps would draw them, from copies of torch's
-generators (a model that draws from others moves those). Forward hooks run. Modules keep their
-mode, in validation too.
+are not. Where ``torch.utils.checkpoint`` recomputes activations, of either kind, an unroll keeps
+them (so that a buffer which a recomputation would write once more is written once); what recomputes
+them in another way is refused. Random numbers are drawn as the next real steps would draw them,
+from copies of torch's generators (a model that draws from others moves those). Forward hooks run.
+Modules keep their mode, in validation too.
 
 Under ``DistributedDataParallel`` each rank unrolls steps on its own batches, and the gradients are
 averaged.
@@ -22,14 +24,12 @@ averaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import _get_value
 
 from ..deep_nested_steps import each, rule_options
@@ -37,6 +37,7 @@ from ..levels import divisor, window_closes
 from ..rules.deep_nested import Inputs, deep_nested
 from . import learned
 from .features import clip_factor, features, measure
+from .isolation import isolated, no_calls_of, rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from ..deep_nested import DeepNestedOptimizer
@@ -161,6 +162,7 @@ class Rehearsal:
         self.networks = networks or {}
         model, self.ranks = unwrapped(optimizer.model)
         self.loss = _Loss(model, loss_fn)
+        self.modules = set(model.modules())
         names = {p: name for name, p in self.loss.named_parameters()}
         self.groups = optimizer.param_groups
         self.params: list[Tensor] = []
@@ -228,6 +230,19 @@ class Rehearsal:
         position.buffers = {name: swapped[name].detach() for name in position.buffers}
         return loss
 
+    def derivatives(
+        self,
+        ends: Tensor | Sequence[Tensor],
+        starts: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+        create_graph: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """``torch.autograd.grad`` through passes of the model, which must not run again."""
+        with no_calls_of(self.modules):
+            return torch.autograd.grad(
+                ends, starts, cotangents, create_graph=create_graph, allow_unused=True
+            )
+
     def gradients(self, position: Position, batch: Any, create_graph: bool) -> Came:
         """What a training step brings: the gradients of this batch's loss, clipped.
 
@@ -240,7 +255,7 @@ class Rehearsal:
         # not go back through that step, whose other parameters depend on it.
         params = [slot["param"].view_as(slot["param"]) for slot in position.slots]
         loss = self.loss_at(position, batch, params)
-        found = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
+        found = self.derivatives(loss, params, create_graph=create_graph)
         grads = [None if g is None else (g if create_graph else g.detach()) for g in found]
         limit = self.groups[0]["max_grad_norm"]
         if limit is not None and any(g is not None for g in grads):
@@ -362,7 +377,7 @@ def rehearse(
     """Where training would stand after real steps on these batches; nothing is changed."""
     rehearsal = Rehearsal(optimizer, loss_fn)
     flats = learned.weights(optimizer.param_groups[0])
-    with _isolated(rehearsal.params):
+    with isolated(rehearsal.params):
         return _advanced(rehearsal, rehearsal.start(), batches, flats)
 
 
@@ -409,7 +424,7 @@ def meta_gradient(
     if flats is None:
         flats = learned.weights(optimizer.param_groups[0], requires_grad=True)
     first = 0 if differentiated is None else max(0, len(train_batches) - differentiated)
-    with _isolated(rehearsal.params):
+    with isolated(rehearsal.params):
         start = _advanced(rehearsal, rehearsal.start(), train_batches[:first], flats)
         if how == "stepwise":
             loss, found = _stepwise(rehearsal, start, val_batch, train_batches[first:], flats)
@@ -421,7 +436,7 @@ def meta_gradient(
                 came = rehearsal.gradients(at, batch, create_graph=exact)
                 position = rehearsal.applied(position, came, flats)
             loss = rehearsal.loss_at(position, val_batch)
-            found = list(torch.autograd.grad(loss, list(flats.values()), allow_unused=True))
+            found = list(rehearsal.derivatives(loss, list(flats.values())))
     result = {
         module: torch.zeros_like(flat) if grad is None else grad.detach()
         for (module, flat), grad in zip(flats.items(), found)
@@ -450,7 +465,7 @@ def _stepwise(
     kept: list[tuple[Position | None, Came | None, Any]] = []
     for at, batch in enumerate(train_batches):
         whole = position if at % _SEGMENT == 0 else None
-        rng = _rng_state(rehearsal.params)
+        rng = rng_state(rehearsal.params)
         came = rehearsal.gradients(position.leaves(), batch, create_graph=False)
         with torch.no_grad():
             position = rehearsal.applied(position, came, flats)
@@ -461,7 +476,7 @@ def _stepwise(
     end = position.leaves()
     loss = rehearsal.loss_at(end, val_batch)
     params = [slot["param"] for slot in end.slots]
-    found = torch.autograd.grad(loss, params, allow_unused=True)
+    found = rehearsal.derivatives(loss, params)
     loss = loss.detach()
     # How the loss changes with each tensor of the state after the step that is gone through next.
     adjoint: list[dict[str, Tensor]] = [{} if g is None else {"param": g} for g in found]
@@ -469,10 +484,10 @@ def _stepwise(
     totals: list[Tensor | None] = [None] * len(flats)
     for at in reversed(range(len(train_batches))):
         start = _rebuilt(rehearsal, kept, at, flats).leaves()
-        _set_rng_state(kept.pop()[2])
+        set_rng_state(kept.pop()[2])
         came = rehearsal.gradients(start, train_batches[at], create_graph=True)
         after = rehearsal.applied(start, came, flats)
-        adjoint, grads = _backward(start, after, adjoint, list(flats.values()))
+        adjoint, grads = _backward(rehearsal, start, after, adjoint, list(flats.values()))
         del start, came, after
         for j, grad in enumerate(grads):
             if grad is not None:
@@ -491,7 +506,11 @@ def _rebuilt(rehearsal: Rehearsal, kept: list[Any], at: int, flats: dict[str, Te
 
 
 def _backward(
-    start: Position, after: Position, adjoint: list[dict[str, Tensor]], weights: list[Tensor]
+    rehearsal: Rehearsal,
+    start: Position,
+    after: Position,
+    adjoint: list[dict[str, Tensor]],
+    weights: list[Tensor],
 ) -> tuple[list[dict[str, Tensor]], Sequence[Tensor | None]]:
     """From how the loss changes with the state after a step to how with the state before it, and
     with the weights."""
@@ -503,37 +522,9 @@ def _backward(
                 cotangents.append(cotangent)
     keys = [(i, key) for i, slot in enumerate(start.slots) for key in slot]
     leaves = [start.slots[i][key] for i, key in keys]
-    grads = torch.autograd.grad(ends, [*leaves, *weights], cotangents, allow_unused=True)
+    grads = rehearsal.derivatives(ends, [*leaves, *weights], cotangents)
     before: list[dict[str, Tensor]] = [{} for _ in adjoint]
     for (i, key), grad in zip(keys, grads):
         if grad is not None:
             before[i][key] = grad
     return before, grads[len(keys) :]
-
-
-@contextmanager
-def _isolated(params: Sequence[Tensor]) -> Iterator[None]:
-    """Everything that an unroll needs and nobody else may notice."""
-    stance: Any = getattr(torch.compiler, "set_stance", None)
-    with (
-        torch.enable_grad(),
-        torch.random.fork_rng(devices=_cuda_devices(params)),
-        sdpa_kernel(SDPBackend.MATH),
-        stance("force_eager") if stance is not None else nullcontext(),
-    ):
-        yield
-
-
-def _cuda_devices(params: Sequence[Tensor]) -> list[int]:
-    return sorted({p.device.index for p in params if p.device.type == "cuda"})
-
-
-def _rng_state(params: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-    devices = _cuda_devices(params)
-    return torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
-
-
-def _set_rng_state(state: tuple[Tensor, dict[int, Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    for device, value in state[1].items():
-        torch.cuda.set_rng_state(value, device)
