@@ -36,6 +36,7 @@ from torch import Tensor
 
 from . import rules
 from .delta_momentum import DeltaMomentum
+from .functional_learned import LearnedTransformation, learned_adamw, learned_weights
 from .leaf_rules import AdamWRule, M3Rule, MomentumRule, option_trees
 from .m3 import ALGORITHMS, M3
 from .nested import NestedOptimizer
@@ -51,10 +52,13 @@ from .transformations import (
 )
 
 __all__ = [
+    "LearnedTransformation",
     "LevelState",
     "LevelTransformation",
     "adamw",
     "delta_momentum",
+    "learned_adamw",
+    "learned_weights",
     "m3",
     "momentum",
     "option_trees",

@@ -21,7 +21,7 @@ except ImportError as error:
         "pip install torchopt==0.7.3"
     ) from error
 
-from .leaf_rules import AdamWRule, Leaf, M3Rule, MomentumRule, window_dtype, zeros
+from .leaf_rules import Due, Leaf, LeafRule, window_dtype, zeros
 from .levels import check_frequency, check_window, divisor, window_closes
 from .tensors import to_scalar
 
@@ -43,13 +43,14 @@ class LevelState(NamedTuple):
 class Levels:
     """A rule on a tree of parameters, each with its own window."""
 
-    rule: AdamWRule | MomentumRule | M3Rule
+    rule: LeafRule
     window: str
     lr: Any
     weight_decay: Any
     frequency: Any
     algorithm: Any = "m3"
     form: Any = None
+    group: Any = 0
 
     def leaves(self, params: Any, calls: int) -> tuple[list[Any], Any, list[Leaf]]:
         """Parameters, their structure, and the options of each."""
@@ -57,8 +58,10 @@ class Levels:
         paths = pytree.tree_paths(params, none_is_leaf=True)
         columns = [
             _broadcast(getattr(self, name), params, name)
-            for name in ("lr", "weight_decay", "frequency", "algorithm", "form")
+            for name in ("lr", "weight_decay", "frequency", "algorithm", "form", "group")
         ]
+        last = max(columns[-1], default=0) or 1
+        columns.append([group / last for group in columns[-1]])
         options = [
             Leaf(path, to_scalar(lr(calls) if callable(lr) else lr), to_scalar(decay), *rest)
             for path, lr, decay, *rest in zip(paths, *columns)
@@ -87,6 +90,7 @@ class Levels:
         *,
         flush: bool = False,
         inplace: bool = False,
+        loss: Tensor | None = None,
     ) -> _Advance:
         """Everything after one gradient each, or after a flush; nothing is modified."""
         if params is None:
@@ -101,21 +105,24 @@ class Levels:
             if inplace and torch.is_grad_enabled():
                 _refuse_learned(leaf, self.rule)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not inplace):
-            results = [
-                self.move(param, grad, kept, leaf, flush)
-                for param, grad, kept, leaf in zip(flat, flat_grads, states, options)
-            ]
-        after, new = map(list, zip(*results)) if results else ([], [])
+            after, new, due = list(flat), list(states), {}
+            entering = self.rule.before(flat_grads)
+            for i, (param, leaf) in enumerate(zip(flat, options)):
+                total, new[i] = self.arrive(param, entering[i], states[i], leaf, flush)
+                if total is not None:
+                    due[i] = Due(param, total, states[i], leaf)
+            moved = self.rule.together(list(due.values()), loss) if due else []
+            for i, (param, changed) in zip(due, moved):
+                after[i], new[i] = param, self.leave(param, states[i], changed)
         return _Advance(spec, flat_grads, flat, after, states, new)
 
-    def move(
+    def arrive(
         self, param: Any, grad: Any, kept: dict[str, Tensor], leaf: Leaf, flush: bool
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """One parameter: its gradient enters the window, and the rule runs where that closes."""
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """A gradient enters its window: what that comes to, if it closes, and the state."""
         count = float(kept["window_count"]) if kept else 0.0
         if param is None or (grad is None and not (flush and count)):
-            return param, kept
-        dtype = window_dtype(param)
+            return None, kept
         if grad is None:
             total = kept["window_sum"]
         else:
@@ -125,22 +132,20 @@ class Levels:
             elif leaf.frequency == 1:
                 total = grad
             else:  # a copy: the caller may reuse its gradients
-                total = grad.to(dtype, copy=True)
+                total = grad.to(window_dtype(param), copy=True)
         if not flush and not window_closes(count, leaf.frequency):
-            return param, {**kept, "window_sum": total, "window_count": torch.tensor(count)}
+            return None, {**kept, "window_sum": total, "window_count": torch.tensor(count)}
         parts = divisor(count, self.window)
-        gradient = (total / parts if parts != 1 else total).to(param.dtype)
-        try:
-            new, moved = self.rule.move(param, gradient, kept, leaf)
-        except KeyError as error:
-            raise ValueError(
-                f"the state of {leaf.label()} has no {error}: it was made by another rule, or with "
-                "other options; make one with this transformation's init"
-            ) from None
+        return (total / parts if parts != 1 else total), kept
+
+    def leave(
+        self, param: Any, kept: dict[str, Tensor], moved: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The state after an update that has changed these tensors of it."""
         state = {**kept, **moved, "step": kept["step"] + 1, "window_count": torch.zeros(())}
         if "window_sum" in kept:  # a new one: the old sum holds on to the window's graph
-            state["window_sum"] = zeros(param, dtype)
-        return new, state
+            state["window_sum"] = zeros(param, window_dtype(param))
+        return state
 
     def update(
         self, updates: Any, state: LevelState, *, params: Any = None, inplace: bool = True
@@ -175,6 +180,16 @@ class _Advance(NamedTuple):
     def tree(self, leaves: list[Any]) -> Any:
         return pytree.tree_unflatten(self.spec, leaves)
 
+    def parameters(self) -> Any:
+        """New ones. One that waits is another tensor than before where autograd looks on: a
+        gradient by it must not go back through updates of others that it had a part in."""
+        return self.tree(
+            [
+                new.view_as(new) if new is old and new is not None and new.requires_grad else new
+                for old, new in zip(self.before, self.after)
+            ]
+        )
+
     def updates(self) -> list[Any]:
         """Differences, as TorchOpt adds them: None where there is no gradient."""
         return [
@@ -186,9 +201,9 @@ class _Advance(NamedTuple):
 class LevelTransformation(GradientTransformation):
     """A rule of this package as TorchOpt's pair of ``init`` and ``update``, with two more methods.
 
-    Made by :func:`adamw`, :func:`m3`, :func:`momentum` and :func:`delta_momentum`; it has no state
-    of its own. Options may be changed in mid-run by going on with another transformation of the
-    same rule from the same state, as windows live there.
+    Made by the functions of :mod:`nested_optim.functional`; it has no state of its own. Options may
+    be changed in mid-run by going on with another transformation of the same rule from the same
+    state, as windows live there.
     """
 
     levels: Levels
@@ -221,12 +236,12 @@ class LevelTransformation(GradientTransformation):
             RuntimeError: a sparse gradient.
         """
         done = self.levels.advance(grads, state, params)
-        return done.tree(done.after), LevelState(state.calls + 1, done.tree(done.new))
+        return done.parameters(), LevelState(state.calls + 1, done.tree(done.new))
 
     def flush(self, state: LevelState, params: Any) -> tuple[Any, LevelState]:
         """Apply every partly filled window as if it were complete; as :meth:`step` otherwise."""
         done = self.levels.advance(None, state, params, flush=True)
-        return done.tree(done.after), LevelState(state.calls, done.tree(done.new))
+        return done.parameters(), LevelState(state.calls, done.tree(done.new))
 
 
 # ---------------------------------------------------------------------- options
@@ -254,7 +269,7 @@ def checked_options(
 
 
 def transformation(
-    rule: Any, lr: Any, weight_decay: Any, frequency: Any, window: str
+    rule: LeafRule, lr: Any, weight_decay: Any, frequency: Any, window: str
 ) -> LevelTransformation:
     for path, value in zip(
         pytree.tree_paths(frequency, none_is_leaf=True),
@@ -296,13 +311,13 @@ def _check_gradient(param: Any, grad: Any, leaf: Leaf) -> None:
         )
 
 
-def _refuse_learned(leaf: Leaf, rule: Any) -> None:
-    options = (leaf.lr, leaf.weight_decay, *getattr(rule, "betas", ()))
-    for option in (*options, getattr(rule, "momentum", None)):
+def _refuse_learned(leaf: Leaf, rule: LeafRule) -> None:
+    options = {"lr": leaf.lr, "weight_decay": leaf.weight_decay, **rule.learned()}
+    for name, option in options.items():
         if isinstance(option, Tensor) and option.requires_grad:
             raise RuntimeError(
-                f"an option of {leaf.label()} requires a gradient, and inplace=True (the default "
-                "of `update` in TorchOpt) records none: pass inplace=False"
+                f"{name} of {leaf.label()} requires a gradient, and inplace=True (the default of "
+                "`update` in TorchOpt) records none: pass inplace=False"
             )
 
 
