@@ -2,12 +2,13 @@
 
 For :mod:`nested_optim.functional`; the arithmetic is that of :mod:`nested_optim.rules`. Each rule
 has ``start(param, leaf)``, the tensors that it keeps, and ``move(param, grad, kept, leaf)``, the
-new parameter and the tensors that have changed.
+new parameter and the tensors that have changed. A rule that looks at several parameters at a time
+has a ``together`` of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,19 +39,73 @@ class Leaf(NamedTuple):
     frequency: int
     algorithm: str
     form: MatrixForm | None
+    group: int
+    place: float  # of the group among the groups, from 0 to 1
 
     def label(self) -> str:
         """For errors."""
         return f"parameter {'.'.join(map(str, self.path))!r}" if self.path else "the parameter"
 
 
+class Due(NamedTuple):
+    """A parameter whose window has closed."""
+
+    param: Tensor
+    grad: Tensor  # what the window came to, in the window's dtype
+    kept: dict[str, Tensor]
+    leaf: Leaf
+
+
+#: A new parameter, and the tensors of its state that have changed.
+Moved = tuple[Tensor, dict[str, Tensor]]
+
+
+def not_ours(leaf: Leaf, key: str) -> ValueError:
+    """The error for a state that lacks a tensor."""
+    return ValueError(
+        f"the state of {leaf.label()} has no {key!r}: it was made by another rule, or with other "
+        "options; make one with this transformation's init"
+    )
+
+
+class LeafRule:
+    """What rules have in common, with nothing to it for those that take each parameter alone."""
+
+    def move(self, param: Tensor, grad: Tensor, kept: dict[str, Tensor], leaf: Leaf) -> Moved:
+        raise NotImplementedError
+
+    def start(self, param: Tensor, leaf: Leaf) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def together(self, due: Sequence[Due], loss: Tensor | None) -> list[Moved]:
+        """All parameters that are due in one step, whose loss is known or not."""
+        moved = []
+        for one in due:
+            try:
+                moved.append(self.move(one.param, one.grad.to(one.param.dtype), *one[2:]))
+            except KeyError as error:
+                raise not_ours(one.leaf, error.args[0]) from None
+        return moved
+
+    def before(self, grads: list[Any]) -> list[Any]:
+        """What enters the windows in place of a step's gradients."""
+        return grads
+
+    def learned(self) -> dict[str, Any]:
+        """Options, by name, that may be tensors in autograd."""
+        return {}
+
+
 @dataclass(frozen=True)
-class AdamWRule:
+class AdamWRule(LeafRule):
     betas: tuple[Any, Any]
     eps: float
     amsgrad: bool
     decoupled: bool
     maximize: bool
+
+    def learned(self) -> dict[str, Any]:
+        return {"betas[0]": self.betas[0], "betas[1]": self.betas[1]}
 
     def start(self, param: Tensor, leaf: Leaf) -> dict[str, Tensor]:
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
@@ -84,12 +139,15 @@ class AdamWRule:
 
 
 @dataclass(frozen=True)
-class MomentumRule:
+class MomentumRule(LeafRule):
     momentum: Any
     delta_rate: float
     normalized: bool
     decoupled: bool
     maximize: bool
+
+    def learned(self) -> dict[str, Any]:
+        return {"momentum": self.momentum}
 
     def start(self, param: Tensor, leaf: Leaf) -> dict[str, Tensor]:
         return {"momentum_buffer": zeros(param)}
@@ -113,11 +171,14 @@ class MomentumRule:
 
 
 @dataclass(frozen=True)
-class M3Rule:
+class M3Rule(LeafRule):
     options: dict[str, Any]  # of rules.m3, but for those of a leaf
     second_moment: str | None
     ns_dtype: torch.dtype | None
     other: AdamWRule
+
+    def learned(self) -> dict[str, Any]:
+        return {f"adamw_{name}": value for name, value in self.other.learned().items()}
 
     def start(self, param: Tensor, leaf: Leaf) -> dict[str, Tensor]:
         if leaf.algorithm == "adamw":
@@ -172,7 +233,9 @@ _FORM_KEYS = ("flatten", "out_dim", "split_sizes", "num_heads")
 _TREE_KEYS = ("lr", "weight_decay", "frequency", "algorithm")
 
 
-def option_trees(groups: Iterable[dict[str, Any]], **defaults: Any) -> dict[str, Any]:
+def option_trees(
+    groups: Iterable[dict[str, Any]], *, numbered: bool = False, **defaults: Any
+) -> dict[str, Any]:
     """Param groups as trees of options, for parameters in a dict by name.
 
     ::
@@ -183,6 +246,8 @@ def option_trees(groups: Iterable[dict[str, Any]], **defaults: Any) -> dict[str,
 
     Args:
         groups: with ``(name, parameter)`` pairs, as this package's functions make them.
+        numbered: add the tree ``group``, the number of each parameter's group, for
+            ``functional.learned_adamw``.
         **defaults: options for groups that have none of their own.
 
     Returns:
@@ -212,7 +277,7 @@ def option_trees(groups: Iterable[dict[str, Any]], **defaults: Any) -> dict[str,
                 raise ValueError(
                     f"{where} has parameters without names: give (name, parameter) pairs"
                 )
-            values[entry[0]] = options
+            values[entry[0]] = {**options, "group": at} if numbered else options
     keys = {key for options in values.values() for key in options}
     trees: dict[str, Any] = {k: v for k, v in defaults.items() if k not in keys}
     stand_ins = {"frequency": 1, "form": None, **defaults}

@@ -170,12 +170,35 @@ def test_the_learned_rows_are_the_optimizer_s_own_defaults():
         assert found[key] == own[key], key
 
 
+def test_what_the_default_has_beside_multipliers_is_there_one_at_a_time():
+    trial = TASKS["digits"].begin(0, Setting())
+    switches = {}
+    for name in ("deep_default", "deep_momentum", "deep_mixing", "deep_lr"):
+        method = meta.METHODS[name]
+        assert len(method.choices) == 1
+        learner = method.build(trial, meta.Start(1e-3, 1e-3, 10), **method.choices[0])
+        group = learner.optimizer.param_groups[0]
+        keys = ("learn_lr", "learn_momentum", "learn_mixing")
+        switches[name] = tuple(group[key] for key in keys)
+    assert switches == {
+        "deep_default": (True, True, True),
+        "deep_momentum": (True, True, False),
+        "deep_mixing": (True, False, True),
+        "deep_lr": (True, False, False),
+    }
+
+
+def test_every_method_has_a_colour_of_its_own():
+    assert len(set(meta_cli.COLOURS)) == len(meta_cli.COLOURS) >= len(meta.METHODS)
+
+
 def test_the_command_writes_what_it_measured(tmp_path):
     folder = tmp_path / "work"
     arguments = ["meta", "--quick", "--out", str(tmp_path), "--work", str(folder)]
     result = CliRunner().invoke(training, arguments)
     assert result.exit_code == 0, result.output
-    written = json.loads((tmp_path / "training-meta-quick.json").read_text())["results"]
+    document = json.loads((tmp_path / "training-meta-quick.json").read_text())
+    written = document["results"]
     assert (tmp_path / "training-meta-quick.png").stat().st_size > 1000
     assert set(written) == {"digits"}
     found = written["digits"]
@@ -195,6 +218,14 @@ def test_the_command_writes_what_it_measured(tmp_path):
     lines = (folder / "runs.jsonl").read_text()
     assert CliRunner().invoke(training, arguments).exit_code == 0
     assert (folder / "runs.jsonl").read_text() == lines
+    # Their time is told all the same.
+    again = json.loads((tmp_path / "training-meta-quick.json").read_text())
+    assert again["runs_done_now"] == 0 < again["runs"]
+    results = [json.loads(line)["result"] for line in lines.splitlines()]
+    spent = sum(30 * result["ms_per_step"] / 1e3 for result in results)
+    assert again["runs_seconds"] == pytest.approx(spent, rel=1e-4)
+    assert again["runs_seconds"] == document["runs_seconds"]
+    assert document["command"] == "python -m benchmarks training meta --quick"
 
 
 @pytest.fixture
@@ -274,7 +305,8 @@ def test_a_task_for_a_gpu_can_be_measured_in_several_calls(task, saved, tmp_path
         chosen = [word for method in methods for word in ("--method", method)]
         result = CliRunner().invoke(training, [*general, *chosen])
         assert result.exit_code == 0, result.output
-        return json.loads((tmp_path / f"training-meta-{task}-5-steps.json").read_text())
+        name = f"training-meta-{task}-5-steps-1-seeds-1-selection-some-methods"
+        return json.loads((tmp_path / f"{name}.json").read_text())
 
     def runs():
         return len((folder / "runs.jsonl").read_text().splitlines())
@@ -283,7 +315,7 @@ def test_a_task_for_a_gpu_can_be_measured_in_several_calls(task, saved, tmp_path
     assert first["config"]["steps"] == {task: 5} != first["config"]["default_steps"]
     assert first["runs_done_now"] == first["runs"] == runs() == 4 + 3 + 3
     second = call("deep_default", "hypergradient")
-    assert second["runs_done_now"] == runs() - first["runs"] == 9 + 3
+    assert second["runs_done_now"] == runs() - first["runs"] == 12 + 3
     third = call("hypergradient", "deep_default")
     assert third["runs_done_now"] == 0 and third["runs"] == second["runs"]
     assert third["results"][task]["rows"] == second["results"][task]["rows"]
@@ -295,14 +327,18 @@ def test_a_task_for_a_gpu_can_be_measured_in_several_calls(task, saved, tmp_path
     fourth = call("hypergradient", "deep_default")
     assert fourth["device"] == sorted(["another", on])
     assert fourth["results"][task]["runs_on"]["device"]["another"] == 2
-    assert f"--task {task} --steps 5" in fourth["command"]
+    data = "" if kind == "lm" else " --data noise"
+    assert fourth["command"].endswith(
+        f" meta --task {task}{data} --seeds 1 --selection 1 --steps 5 "
+        "--method adamw --method hypergradient --method deep_default"
+    )
 
 
 def test_plots_of_a_task_for_a_gpu_show_multipliers(tmp_path):
-    entry = {"loss": 1.0, "multipliers": [[1.0], [2.0]]}
+    entry = {"loss": 1.0, "loss, factor": 2.0, "multipliers": [[1.0], [2.0]]}
     rows = {
         name: {"label": name, "by_factor": {f: entry for f in ("0.1", "1", "10")}}
-        for name in ("adamw", "deep_default")
+        for name in ("adamw", "deep_default", "hypergradient")
     }
     result = {"label": "task", "measures": ["loss"], "steps": 4, "rows": rows}
     figures = []
@@ -310,18 +346,49 @@ def test_plots_of_a_task_for_a_gpu_show_multipliers(tmp_path):
         patch.setattr(meta_cli.Figure, "savefig", lambda self, *_, **__: figures.append(self))
         meta_cli.draw({"lm-large": result, "resnet": result}, tmp_path / "it.png")
     drawn = [len(axes.lines) for axes in figures[0].axes]
-    assert drawn == [2, 3, 2, 3]
+    assert drawn == [3, 6, 3, 6]  # the rival's multipliers as well
     assert list(figures[0].axes[1].lines[0].get_ydata()) == [1.0, 2.0]
+    labels = [line.get_label() for line in figures[0].axes[1].lines]
+    assert "hypergradient, set to x 10" in labels
+    # Bars from the loss divided by its factor to the loss times it, for each method's three starts.
+    bars = [segment for bar in figures[0].axes[0].collections for segment in bar.get_segments()]
+    assert len(bars) == 3 * 3
+    assert all(list(segment[:, 1]) == [0.5, 2.0] for segment in bars)
 
 
-def test_files_and_commands_tell_the_steps():
-    name, command = meta_cli.file_name, meta_cli.command_line
-    assert name(DEFAULTS, None, False) == name(DEFAULTS[:1], 500, False) == "training-meta"
-    assert name(("resnet",), 500, False) == "training-meta-resnet-500-steps"
-    assert name(("resnet",), 1000, False) == "training-meta-resnet"
-    assert name(("digits",), 30, True) == "training-meta-quick"
-    assert command(DEFAULTS, None, False) == "python -m benchmarks training meta"
-    assert command(("vit",), 9, False).endswith(" meta --task vit --steps 9")
+def call(tasks=DEFAULTS, methods=tuple(meta.METHODS), **changes):
+    return meta_cli.Call(tasks, methods, **changes)
+
+
+def test_only_what_is_published_has_the_published_file_s_name():
+    assert call().file_name() == call(DEFAULTS[::-1]).file_name() == "training-meta"
+    assert call(steps=TASKS["digits"].steps).file_name() == "training-meta-500-steps"
+    names = {
+        "training-meta-digits": call(("digits",), steps=500),
+        "training-meta-1-seeds": call(seeds=1),
+        "training-meta-1-selection": call(selection=1),
+        "training-meta-some-methods": call(methods=("adamw",)),
+        "training-meta-resnet": call(("resnet",), steps=1000),
+        "training-meta-digits-lm-resnet": call((*DEFAULTS, "resnet")),
+        "training-meta-resnet-500-steps-1-seeds": call(("resnet",), steps=500, seeds=1),
+        "training-meta-quick": call(("digits",), seeds=1, steps=30, quick=True),
+    }
+    assert {name: its.file_name() for name, its in names.items()} == {name: name for name in names}
+
+
+def test_the_command_that_is_written_down_is_whole():
+    plain = "python -m benchmarks training meta"
+    assert call().command() == plain
+    asked = call(("vit",), ("adamw", "deep_lr"), steps=9, seeds=1, selection=3, data="cifar100.tar")
+    assert asked.command() == (
+        f"{plain} --task vit --data cifar100.tar --seeds 1 --selection 3 --steps 9 "
+        "--method adamw --method deep_lr"
+    )
+    quick = {"seeds": 1, "selection": 1, "quick": True}
+    usual = call(("digits",), meta_cli.QUICK_METHODS, steps=30, **quick)
+    assert usual.command() == f"{plain} --quick"
+    other = call(("lm",), ("adamw",), steps=5, **quick)
+    assert other.command() == f"{plain} --quick --task lm --steps 5 --method adamw"
 
 
 def test_images_need_a_path(tmp_path):

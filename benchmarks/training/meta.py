@@ -254,11 +254,18 @@ METHODS = {
     "hypergradient": Method(
         "hypergradient, one lr",
         _hypergradient,
-        tuple({"rate": r} for r in (0.01, 0.03, 0.1)),
+        tuple({"rate": r} for r in (0.01, 0.03, 0.1, 0.3)),
     ),
     "deep_default": Method("DeepNestedOptimizer, defaults", _learned),
     "deep_layers": Method("... a group per layer", _learned, ({"groups": "layers"},)),
     "deep_lr": Method("... multipliers only", _learned, (_MULTIPLIERS,)),
+    # What the default has beside multipliers, one at a time.
+    "deep_momentum": Method(
+        "... multipliers and momentum, no mixture", _learned, ({"learn_mixing": False},)
+    ),
+    "deep_mixing": Method(
+        "... multipliers and mixture, plain momentum", _learned, ({"learn_momentum": False},)
+    ),
     "deep_10": Method(
         "... multipliers only, every 10 steps",
         _learned,
@@ -441,6 +448,7 @@ def measure(
         "by_lr": {f"{k:g}": math.exp(v) for k, v in by_lr.items()},
         "measures": measures,
         "runs": len(used),
+        "runs_seconds": sum(store[j]["ms_per_step"] * steps / 1e3 for j in used),
         "runs_on": {key: _counted(store[j].get(key) for j in used) for key in ("device", "torch")},
         "rows": rows,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from . import data, meta, meta_tasks
 from .data import Images, Text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+SEEDS, SELECTION = 5, 2
+#: As many as there are methods, or some would not be drawn.
 COLOURS = (
     "#000000",
     "#999999",
@@ -38,7 +41,70 @@ COLOURS = (
     "#0072B2",
     "#F0E442",
     "#7F3C8D",
+    "#8C510A",
+    "#80B1D3",
 )
+QUICK_STEPS, QUICK_METHODS = 30, ("adamw", "deep_default")
+#: Whose recorded multipliers are drawn. Prodigy's are rates.
+MULTIPLIERS = {"deep_default": "#0072B2", "deep_lr": "#D55E00", "hypergradient": "#009E73"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What was asked of the command, as far as results depend on it.
+
+    Attributes:
+        steps: None for the tasks' own.
+        data: the name of the data set's file, without its folder; None for none.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: int = SEEDS
+    selection: int = SELECTION
+    steps: int | None = None
+    data: str | None = None
+    quick: bool = False
+
+    def _unusual_steps(self) -> bool:
+        return self.steps is not None and any(
+            self.steps != meta_tasks.TASKS[name].steps for name in self.tasks
+        )
+
+    def _some_methods(self) -> bool:
+        return set(self.methods) != set(meta.METHODS)
+
+    def file_name(self) -> str:
+        """Without an ending: another one for all that is not as the published results are."""
+        if self.quick:
+            return "training-meta-quick"
+        parts = [] if set(self.tasks) == set(meta_tasks.DEFAULTS) else list(self.tasks)
+        if self._unusual_steps():
+            parts.append(f"{self.steps}-steps")
+        if self.seeds != SEEDS:
+            parts.append(f"{self.seeds}-seeds")
+        if self.selection != SELECTION:
+            parts.append(f"{self.selection}-selection")
+        if self._some_methods():
+            parts.append("some-methods")
+        return "-".join(["training-meta", *parts])
+
+    def command(self) -> str:
+        """With every option that is not at its default, --quick's among them."""
+        parts = ["python -m benchmarks training meta", *(["--quick"] if self.quick else [])]
+        if self.tasks != (("digits",) if self.quick else meta_tasks.DEFAULTS):
+            parts += [f"--task {name}" for name in self.tasks]
+        if self.data is not None:
+            parts.append(f"--data {self.data}")
+        if self.seeds != (1 if self.quick else SEEDS):
+            parts.append(f"--seeds {self.seeds}")
+        if self.selection != (1 if self.quick else SELECTION):
+            parts.append(f"--selection {self.selection}")
+        if self.steps != QUICK_STEPS if self.quick else self._unusual_steps():
+            parts.append(f"--steps {self.steps}")
+        if self.methods != QUICK_METHODS if self.quick else self._some_methods():
+            parts += [f"--method {name}" for name in self.methods]
+        return " ".join(parts)
 
 
 @click.command(name="meta")
@@ -56,11 +122,11 @@ COLOURS = (
     help="CIFAR-100, for vit and resnet (see `training compare`).",
 )
 @click.option("--device", "device_name", default="auto", show_default=True)
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=SEEDS, show_default=True)
 @click.option(
     "--selection",
     type=click.IntRange(min=1),
-    default=2,
+    default=SELECTION,
     show_default=True,
     help="Further seeds, on which every method's numbers are chosen.",
 )
@@ -92,7 +158,8 @@ COLOURS = (
     default=RESULTS,
     show_default="benchmarks/results of this checkout",
     help="Folder for training-meta.json and .png (training-meta-TASKS.* for other tasks than the "
-    "default ones, ...-N-steps.* with other --steps, training-meta-quick.* with --quick).",
+    "default ones, ...-N-steps.* with other --steps, likewise for --seeds, --selection and "
+    "--method; training-meta-quick.* with --quick).",
 )
 @click.option("--quick", is_flag=True, help="One seed, 30 steps, digits, two methods: a look.")
 def meta_command(
@@ -113,12 +180,14 @@ def meta_command(
     names = tuple(methods) or tuple(meta.METHODS)
     chosen = tuple(tasks) or meta_tasks.DEFAULTS
     if quick:
-        seeds, selection, steps, workers, together = 1, 1, steps or 30, 1, 1
-        names = tuple(methods) or ("adamw", "deep_default")
+        seeds, selection, steps, workers, together = 1, 1, steps or QUICK_STEPS, 1, 1
+        names = tuple(methods) or QUICK_METHODS
         chosen = tuple(tasks) or ("digits",)
     if "adamw" not in names:
         names = ("adamw", *names)  # what all are compared with
     contents = _contents(chosen, data_path)
+    read = data_path if any(_is_of_images(name) for name in chosen) else None
+    call = Call(chosen, names, seeds, selection, steps, read.name if read else None, quick)
     try:
         device = pick_device(device_name)
     except ValueError as error:
@@ -172,9 +241,9 @@ def meta_command(
                     kept = " What was done is kept." if folder else ""
                     raise click.ClickException(f"{error}.{kept}") from error
         done_now = len(store) - done_before
-    name = file_name(chosen, steps, quick)
+    name = call.file_name()
     document: dict[str, Any] = {
-        "command": command_line(chosen, steps, quick),
+        "command": call.command(),
         # Of runs by this call and by those before it, which --work has kept.
         "device": sorted({on for found in results.values() for on in found["runs_on"]["device"]}),
         "config": {
@@ -190,6 +259,9 @@ def meta_command(
         },
         "results": results,
         "runs": sum(found["runs"] for found in results.values()),
+        # Of all of them, whichever call made them. Runs side by side, or in turns, add up to more
+        # than the time that passes.
+        "runs_seconds": sum(found["runs_seconds"] for found in results.values()),
         "runs_done_now": done_now,
         "this_call": {
             "machine": report.machine(),
@@ -206,30 +278,13 @@ def meta_command(
     for result in results.values():
         for measured in result["measures"]:
             console.print(table(result, measured))
+    spent = document["runs_seconds"]
+    console.print(f"{document['runs']} runs of {spent:.0f} s together, {done_now} of them now")
     console.print(f"{out / name}.json and .png written")
 
 
-def _unusual(chosen: Sequence[str], steps: int | None) -> bool:
-    return steps is not None and any(steps != meta_tasks.TASKS[name].steps for name in chosen)
-
-
-def file_name(chosen: Sequence[str], steps: int | None, quick: bool) -> str:
-    """Without an ending: of the default tasks, or named after the others, the steps and --quick."""
-    others = [name for name in chosen if meta_tasks.TASKS[name].kind]
-    if quick:
-        others = ["quick"]
-    elif _unusual(chosen, steps):
-        others.append(f"{steps}-steps")
-    return "-".join(["training-meta", *others])
-
-
-def command_line(chosen: Sequence[str], steps: int | None, quick: bool) -> str:
-    parts = ["python -m benchmarks training meta", *(["--quick"] if quick else [])]
-    if chosen != (("digits",) if quick else meta_tasks.DEFAULTS):
-        parts += [f"--task {name}" for name in chosen]
-    if _unusual(chosen, steps) and not quick:
-        parts.append(f"--steps {steps}")
-    return " ".join(parts)
+def _is_of_images(name: str) -> bool:
+    return meta_tasks.TASKS[name].kind not in ("", "lm")
 
 
 def _contents(chosen: Sequence[str], data_path: Path | None) -> dict[str, Text | Images]:
@@ -283,20 +338,26 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes = figure.subplots(len(results), 2, squeeze=False)
         for (losses, rates), result in zip(axes, results.values()):
             measured = result["measures"][-1]
-            for (_, row), colour in zip(result["rows"].items(), COLOURS):
-                places = [float(f) for f in row["by_factor"]]
+            for i, (row, colour) in enumerate(zip(result["rows"].values(), COLOURS)):
+                # Beside each other, so that the bars can be told apart.
+                aside = 1.04 ** (i - len(result["rows"]) / 2)
+                places = [float(f) * aside for f in row["by_factor"]]
                 found = [entry[measured] for entry in row["by_factor"].values()]
-                losses.plot(places, found, "o-", color=colour, label=row["label"])
+                factors = [entry[f"{measured}, factor"] for entry in row["by_factor"].values()]
+                bars = [
+                    [x - x / f for x, f in zip(found, factors)],
+                    [x * f - x for x, f in zip(found, factors)],
+                ]
+                losses.errorbar(
+                    places, found, bars, fmt="o-", markersize=4, color=colour, label=row["label"]
+                )
             losses.set(xscale="log", yscale="log", xlabel="learning rate set / tuned one")
             losses.set_title(f"{result['label']}: {measured}")
+            losses.set_ylabel("mean over seeds; bars: x/÷ the standard deviation")
             losses.legend(fontsize=7)
             styles = dict(zip(result["rows"]["adamw"]["by_factor"], (":", "-", "--")))
-            shown = [
-                (key, colour)
-                for key, colour in (("deep_default", "#0072B2"), ("deep_lr", "#D55E00"))
-                if key in result["rows"]
-            ]
-            for key, colour in shown:
+            shown = {key: of for key, of in MULTIPLIERS.items() if key in result["rows"]}
+            for key, colour in shown.items():
                 row = result["rows"][key]
                 for factor, entry in row["by_factor"].items():
                     column = [sum(v) / len(v) for v in entry["multipliers"]]

@@ -45,6 +45,15 @@ def clip_factor(grads: Sequence[Tensor], max_norm: float) -> Tensor:
     return factor.clamp(max=1.0)
 
 
+def clipped(grads: Sequence[Tensor | None], max_norm: float | None) -> list[Tensor | None]:
+    """These gradients, clipped; as they are if the bound is None."""
+    given = [g for g in grads if g is not None]
+    if max_norm is None or not given:
+        return list(grads)
+    factor = clip_factor(given, max_norm)
+    return [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in grads]
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """The sum of products of real tensors, or of the parts of complex ones; 0-d."""
     if a.is_complex():

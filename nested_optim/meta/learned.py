@@ -56,10 +56,18 @@ def _network(group: Mapping[str, Any], module: str) -> tuple[int, int, int, int]
     return TENSOR_FEATURES, group["momentum_hidden_dim"], 3, LAYERS
 
 
-def _size(group: Mapping[str, Any], module: str) -> int:
+def size(group: Mapping[str, Any], module: str) -> int:
+    """How many weights a module has."""
     if module == "mixing":
         return len(group["cms_frequencies"])
     return networks.size(*_network(group, module))
+
+
+def initial(group: Mapping[str, Any], module: str) -> Tensor:
+    """The weights that a module begins with, on the CPU."""
+    if module == "mixing":
+        return torch.zeros(size(group, module), dtype=torch.float32)
+    return networks.initial(*_network(group, module))
 
 
 def ensure(first: dict[str, Any], device: torch.device) -> None:
@@ -67,10 +75,7 @@ def ensure(first: dict[str, Any], device: torch.device) -> None:
     for module in modules(first):
         if first[f"{module}_weights"] is not None:
             continue
-        if module == "mixing":
-            weights = torch.zeros(_size(first, module), dtype=torch.float32, device=device)
-        else:
-            weights = networks.initial(*_network(first, module)).to(device)
+        weights = initial(first, module).to(device)
         first[f"{module}_weights"] = weights
         for part in PARTS[1:]:
             first[f"{module}_{part}"] = torch.zeros_like(weights)
@@ -87,12 +92,12 @@ def checked(options: dict[str, Any], where: str) -> dict[str, Any]:
         found = {f"{module}_{part}": options[f"{module}_{part}"] for part in PARTS}
         if all(value is None for value in found.values()):
             continue
-        size = _size(options, module)
+        count = size(options, module)
         for key, value in found.items():
-            if not isinstance(value, Tensor) or value.shape != (size,):
+            if not isinstance(value, Tensor) or value.shape != (count,):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else value
                 raise ValueError(
-                    f"{where}{key} must be a tensor of {size} numbers for these sizes of networks "
+                    f"{where}{key} must be a tensor of {count} numbers for these sizes of networks "
                     f"and cms_frequencies, but is {shape}"
                 )
         params = options.get("params") or []
@@ -105,7 +110,7 @@ def check_sizes(first: Mapping[str, Any], where: str) -> None:
     """Raise if the options do not fit the weights that there are."""
     for module in modules(first):
         flat = first[f"{module}_weights"]
-        if flat is not None and flat.numel() != _size(first, module):
+        if flat is not None and flat.numel() != size(first, module):
             raise ValueError(
                 f"{where}cms_frequencies, controller_hidden_dim and momentum_hidden_dim do not fit "
                 f"the {module} that is there; choose them when building the optimizer"

@@ -32,12 +32,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.optimizer import _get_value
 
-from ..deep_nested_steps import each, rule_options
 from ..levels import divisor, window_closes
-from ..rules.deep_nested import Inputs, deep_nested
-from . import learned
-from .features import clip_factor, features, measure
+from . import learned, together
+from .features import clipped
 from .isolation import isolated, no_calls_of, rng_state, set_rng_state
+from .together import Due, Slot
 
 if TYPE_CHECKING:
     from ..deep_nested import DeepNestedOptimizer
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
 LossFn = Callable[[nn.Module, Any], Tensor]
 #: Steps from one position that a stepwise unroll keeps to the next.
 _SEGMENT = 4
-#: A parameter with its optimizer state, by the state's keys.
-Slot = dict[str, Tensor]
 
 
 class Position:
@@ -256,11 +253,8 @@ class Rehearsal:
         params = [slot["param"].view_as(slot["param"]) for slot in position.slots]
         loss = self.loss_at(position, batch, params)
         found = self.derivatives(loss, params, create_graph=create_graph)
-        grads = [None if g is None else (g if create_graph else g.detach()) for g in found]
-        limit = self.groups[0]["max_grad_norm"]
-        if limit is not None and any(g is not None for g in grads):
-            factor = clip_factor([g for g in grads if g is not None], limit)
-            grads = [None if g is None else (g * factor.to(g.device)).to(g.dtype) for g in grads]
+        held = [None if g is None else (g if create_graph else g.detach()) for g in found]
+        grads = clipped(held, self.groups[0]["max_grad_norm"])
         told = (loss if create_graph else loss.detach()) if self.optimizer._told else None
         return Came(grads, told, position.buffers)
 
@@ -295,21 +289,18 @@ class Rehearsal:
         due = [*direct, *closing]
         if not due:
             return
-        members = [i for i, _ in due]
-        steps = [counts[i][0] + 1 for i in members]
-        params = [slots[i]["param"] for i in members]
-        means = [mean for _, mean in due]
-        _, place = self.optimizer._place(group)
-        momenta = [slots[i]["exp_avg"] for i in members] if "momentum" in flats else []
-        sizes = measure(params, means, momenta, maximize=group["maximize"], home=self.home)
-        of_group, of_tensors = features(
-            flats, params, sizes, place=place, step=max(steps), loss=loss
+        work = [Due(slots[i], mean, counts[i][0] + 1) for i, mean in due]
+        new, _ = together.update(
+            work,
+            {**group, **self.networks},
+            flats,
+            self.optimizer._slow_keys(group),
+            place=self.optimizer._place(group)[1],
+            home=self.home,
+            loss=loss,
         )
-        options = {**group, **self.networks}
-        inputs = learned.inputs_of(options, flats, group["betas"][0], of_group, of_tensors)
-        for row, (i, mean) in enumerate(due):
-            slots[i] = self._updated(group, slots[i], mean, steps[row], inputs, row)
-            counts[i] = (steps[row], counts[i][1])
+        for (i, _), slot, one in zip(due, new, work):
+            slots[i], counts[i] = slot, (one.step, counts[i][1])
 
     def _into_window(
         self,
@@ -333,42 +324,6 @@ class Rehearsal:
             return None
         n = divisor(count, group["window"])
         return total / n if n != 1 else total.clone()
-
-    def _updated(
-        self,
-        group: dict[str, Any],
-        slot: Slot,
-        grad: Tensor,
-        step: float,
-        inputs: Inputs,
-        row: int,
-    ) -> Slot:
-        param, exp_avg = slot["param"], slot["exp_avg"]
-        dtype = torch.promote_types(param.dtype, exp_avg.dtype)
-        slow_keys = self.optimizer._slow_keys(group)
-        second, largest = (
-            slot[key].to(dtype) if key in slot else None for key in ("exp_avg_sq", "max_exp_avg_sq")
-        )
-        new = deep_nested(
-            param.to(dtype),
-            grad.to(dtype),
-            exp_avg.to(dtype),
-            second,
-            largest,
-            [slot[key] for key in slow_keys],
-            inputs=each(inputs, row, param.device),
-            **rule_options(group, step, len(slow_keys)),
-        )
-        result = {**slot, "param": new.param.to(param.dtype)}
-        for key, value in (
-            ("exp_avg", new.exp_avg),
-            ("exp_avg_sq", new.exp_avg_sq),
-            ("max_exp_avg_sq", new.max_exp_avg_sq),
-            *zip(slow_keys, new.slow),
-        ):
-            if value is not None:
-                result[key] = value.to(slot[key].dtype)
-        return result
 
 
 def rehearse(

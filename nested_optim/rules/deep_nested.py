@@ -6,7 +6,7 @@ them (learned networks, in ``DeepNestedOptimizer``) is nothing to these function
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -144,6 +144,7 @@ def deep_nested(
     maximize: bool = False,
     frequencies: Sequence[int] = (1,),
     inputs: Inputs = Inputs(),  # noqa: B008 (a tuple)
+    root: Callable[[Tensor], Tensor] | None = None,
 ) -> DeepNestedState:
     r"""One update.
 
@@ -166,7 +167,7 @@ def deep_nested(
         max_exp_avg_sq: largest second moment so far (AMSGrad), or None.
         slow: one momentum for each of ``frequencies`` but the first, in any dtype.
         step: how many updates there will have been with this one, a number ``>= 1``.
-        lr: learning rate ``eta``, a number or a tensor of one element.
+        lr: learning rate ``eta``, a number or a tensor of one element, which may be in autograd.
         betas: decay rates of momenta and second moment, numbers.
         eps: added to the denominator.
         weight_decay: ``lambda``; with ``decoupled=False`` the weight of Adam's L2 penalty.
@@ -174,6 +175,8 @@ def deep_nested(
         maximize: ascend.
         frequencies: updates per chunk of each momentum, the first of them 1.
         inputs: what changes the update, real 0-d tensors in any dtype.
+        root: the square root that the second moment goes through, finite in its derivative at 0;
+            None takes one that can be differentiated once, in little memory.
 
     Returns:
         The new parameter and state.
@@ -212,15 +215,23 @@ def deep_nested(
 
     correction1, correction2 = bias_corrections(step, betas)
     size: Any = -(lr / correction1)
+    # torch takes the factor of a sum as a number, which has no gradient.
+    learns = isinstance(size, Tensor) and size.requires_grad
     if exp_avg_sq is None:
-        param = torch.add(param, numerator, alpha=size)
+        if learns:
+            param = (param + size * numerator).to(param.dtype)
+        else:
+            param = torch.add(param, numerator, alpha=size)
     else:
         exp_avg_sq = torch.addcmul((exp_avg_sq * beta2).to(grad.dtype), grad, grad, value=1 - beta2)
         second = exp_avg_sq
         if max_exp_avg_sq is not None:
             max_exp_avg_sq = second = torch.maximum(max_exp_avg_sq, exp_avg_sq)
-        denominator = (_root(second) / correction2**0.5).add_(eps)
-        param = torch.addcdiv(param, numerator, denominator, value=size)
+        denominator = ((root or _root)(second) / correction2**0.5).add_(eps)
+        if learns:
+            param = (param + size * (numerator / denominator)).to(param.dtype)
+        else:
+            param = torch.addcdiv(param, numerator, denominator, value=size)
 
     if is_complex:
         param, grad, exp_avg = map(torch.view_as_complex, (param, grad, exp_avg))
