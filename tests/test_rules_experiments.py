@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from benchmarks.rules import cost, orthogonal
-from benchmarks.rules.cli import rules
+from benchmarks.rules.cli import RESULTS, rules
 
 SMALL = orthogonal.Problem(tasks=3, width=4, steps=30, batch=8)
 
@@ -64,6 +64,14 @@ def test_every_method_learns_on_the_same_stream(method):
     assert orthogonal.figures(result)["learnt"] < 0.95
     again = orthogonal.run(method, lr, 0, SMALL, every=10)
     assert again == result
+
+
+def test_the_results_are_of_these_methods_and_no_best_rate_is_at_the_grid_s_edge():
+    document = json.loads((RESULTS / "rules-orthogonal.json").read_text())
+    labels = {key: row["label"] for key, row in document["results"].items()}
+    assert labels == {key: method.label for key, method in orthogonal.METHODS.items()}
+    assert document["config"]["lrs"] == list(orthogonal.LRS)
+    assert not any(row["at_edge"] for row in document["results"].values())
 
 
 def test_figures_by_hand_and_a_diverged_run_is_a_large_number():

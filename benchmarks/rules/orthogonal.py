@@ -26,8 +26,9 @@ from nested_optim import DGD, M3, DeltaMomentum, NestedOptimizer
 from ..output import STYLE
 
 OUTPUTS = 16
-#: Half a decade apart, for methods whose steps scale with gradients and those whose do not.
-LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+#: Half a decade apart, for methods whose steps scale with gradients and those whose do not, and
+#: on to where DGD's step is the longest that it takes at any rate.
+LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 SMALLEST = 1e-6  # that a logarithmic axis shows
 COLUMNS = ("learnt", "final", "forgetting")
 
