@@ -1,8 +1,10 @@
 """The nested trainer: its network follows the true gradient, and both networks learn."""
 
+import copy
 import json
 import math
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from torch.nn import functional as F
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks.training import digits
+from benchmarks.training import digits, one_step
 from benchmarks.training.cli import training
-from benchmarks.training.one_step import LOSS, RICH, MetaNetwork, NestedTrainer
+from benchmarks.training.one_step import LOSS, RICH, MetaNetwork, OneStepTrainer
+from benchmarks.training.several_steps import NestedTrainer
 
 
 def make(seed=0, dtype=torch.float64, statistics=RICH, perturb=True, **options):
@@ -191,6 +194,46 @@ def test_the_loss_falls_and_a_learning_rate_that_is_too_small_grows(unroll):
     assert mean(learnt[-20:], "meta_loss") < 0.7 * mean(learnt[:20], "meta_loss")
     assert mean(learnt[-20:], "meta_loss") < 0.8 * mean(fixed[-20:], "meta_loss")
     assert max(row["lr"] for row in learnt) > 1e-2 and fixed[-1]["lr"] == pytest.approx(1e-3)
+
+
+def test_the_example_is_the_trainer_with_one_step_to_the_last_bit_and_short():
+    whole = make(dtype=torch.float32)
+    example = OneStepTrainer(whole.model, whole.loss_fn, copy.deepcopy(whole.network))
+    stream = batches(12, dtype=torch.float32)
+    for batch, later in zip(stream[::2], stream[1::2]):
+        found, expected = example.step(batch, later), whole.step([batch], later)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+    for name, p in whole.carry[0].items():
+        assert torch.equal(example.carry[0][name], p)
+    for p, q in zip(example.network.parameters(), whole.network.parameters()):
+        assert torch.equal(p, q)
+    example.write_back()
+    assert torch.equal(whole.model[0].weight, whole.carry[0]["0.weight"])
+    # It is there to be read.
+    assert len(Path(one_step.__file__).read_text(encoding="utf-8").splitlines()) <= 130
+
+
+@pytest.mark.parametrize("trainer", [OneStepTrainer, NestedTrainer])
+@pytest.mark.parametrize(
+    ("layer", "name"), [(nn.BatchNorm1d(7), "1 "), (nn.SyncBatchNorm(7), r"1 \(SyncBatchNorm")]
+)
+def test_running_statistics_are_refused(trainer, layer, name):
+    model = nn.Sequential(nn.Linear(5, 7), layer, nn.Tanh(), nn.Linear(7, 3))
+    with pytest.raises(ValueError, match=rf"^{name}.*running statistics.*GroupNorm"):
+        trainer(model, F.cross_entropy, MetaNetwork())
+    before = {name: b.clone() for name, b in layer.named_buffers()}
+    model.eval()
+    made = trainer(model, F.cross_entropy, MetaNetwork())
+    batch, later = batches(2, dtype=torch.float32)
+    if layer._get_name() == "BatchNorm1d":  # the other one wants a GPU
+        made.step([batch] if trainer is NestedTrainer else batch, later)
+    model.train()  # the mode may change on the way
+    with pytest.raises(ValueError, match=r"running statistics.*eval\(\)"):
+        made.step([batch] if trainer is NestedTrainer else batch, later)
+    assert all(torch.equal(b, before[name]) for name, b in layer.named_buffers())
+    plain = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7, track_running_stats=False))
+    trainer(plain, F.cross_entropy, MetaNetwork())
 
 
 def test_the_learning_rate_is_bounded_smoothly():

@@ -1,4 +1,4 @@
-"""The nested trainer of ``one_step.py`` beside fixed and scheduled numbers, on digits.
+"""The nested trainer of ``several_steps.py`` beside fixed and scheduled numbers, on digits.
 
 SGD with momentum trains the MLP of the demo on all ten digits. The same batches for every method of
 a seed; the trainer's later losses are of batches of their own from the same training digits. What
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from ..demo.run import one_thread
 from ..demo.stream import build_model, make_stream
-from .one_step import LOSS, RICH, Batch, MetaNetwork, NestedTrainer
+from .one_step import LOSS, RICH, Batch, MetaNetwork
+from .several_steps import NestedTrainer
 
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 MOMENTA = (0.0, 0.9, 0.97)
