@@ -102,8 +102,8 @@ class DeepMomentum(MomentumOptimizer):
         memory, objective = options["memory"], options["objective"]
         if memory not in ("linear", "mlp"):
             raise ValueError(
-                f"{where}Invalid memory: {memory!r}. Choose one of linear, mlp: what the momentum is "
-                "here. Slow copies of the weights, which other optimizers take as memory=, are "
+                f"{where}Invalid memory: {memory!r}. Choose one of linear, mlp: what the momentum "
+                "is here. Slow copies of the weights, which other optimizers take as memory=, are "
                 "attached by WeightMemory(optimizer, ...)"
             )
         if objective not in rules.OBJECTIVES:
