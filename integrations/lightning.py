@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from nested_optim import WeightMemory
+from nested_optim.tensors import is_dtensor
 from nested_optim.weight_memory import memory_of
 
 from .batches import check_held_out, held_out_batch, of_first_rank, to_device
@@ -239,22 +240,33 @@ class WeightMemoryLightningCallback(pl.Callback):
         validate_from: what :meth:`~nested_optim.WeightMemory.read_out` takes as its ``level``: the
             validation that is part of fitting runs on these weights, and the live ones come back
             after it, before anything is saved. Default: it runs on the live weights.
+        save_from: likewise; each checkpoint then holds the module's plain ``state_dict`` with these
+            weights, beside the live ones, under ``save_as``. Default: none is saved.
+        save_as: its key in the checkpoint. Default ``"read_out"``.
         optimizer: which of the module's optimizers, where it has several. Default 0.
         average_buffers: whether the module's floating-point buffers (BatchNorm's statistics) are
             averaged too. Default False.
         options: what :class:`~nested_optim.WeightMemory` takes: ``frequencies``, ``write``,
-            ``pull``, ``dtype``, ``preset``, ``capturable``.
+            ``pull``, ``dtype``, ``preset``, ``capturable``. Where a memory is attached already, as
+            by ``memory=`` of our optimizers, give none.
+
+    Raises:
+        ValueError: when fitting starts, if there is no such optimizer, options are given for a
+            memory that others have attached, or a read-out of sharded parameters was to be saved.
     """
 
     def __init__(
         self,
         *,
         validate_from: Any = None,
+        save_from: Any = None,
+        save_as: str = "read_out",
         optimizer: int = 0,
         average_buffers: bool = False,
         **options: Any,
     ) -> None:
         self.validate_from, self.optimizer = validate_from, optimizer
+        self.save_from, self.save_as = save_from, save_as
         self.average_buffers, self.options = average_buffers, options
         self.memory: WeightMemory | None = None
         self._reading = ExitStack()
@@ -265,7 +277,19 @@ class WeightMemoryLightningCallback(pl.Callback):
                 f"optimizer={self.optimizer}, but the module has {len(trainer.optimizers)}"
             )
         optimizer = unwrap_optimizer(trainer.optimizers[self.optimizer])
-        self.memory = memory_of(optimizer)
+        attached, own = memory_of(optimizer), self.memory
+        given = [*self.options, *(["average_buffers"] if self.average_buffers else [])]
+        if attached is not None and attached is not own and given:
+            raise ValueError(
+                f"the optimizer has a WeightMemory already, which {', '.join(given)} would not "
+                "change: leave these out, or attach none where the optimizer is made"
+            )
+        if self.save_from is not None and any(map(is_dtensor, pl_module.parameters())):
+            raise ValueError(
+                "the module's parameters are sharded, so no rank has a whole read-out to save: "
+                "leave out save_from"
+            )
+        self.memory = attached
         if self.memory is None:
             buffers_from = pl_module if self.average_buffers else None
             self.memory = WeightMemory(optimizer, buffers_from=buffers_from, **self.options)
@@ -282,3 +306,9 @@ class WeightMemoryLightningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._reading.close()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.save_from is not None and self.memory is not None:
+            checkpoint[self.save_as] = self.memory.model_state_dict(pl_module, self.save_from)

@@ -102,7 +102,11 @@ class DeepMomentum(MomentumOptimizer):
         canonical = super()._check_options(options, where)
         memory, objective = options["memory"], options["objective"]
         if memory not in ("linear", "mlp"):
-            raise ValueError(f"{where}Invalid memory: {memory!r}. Choose one of linear, mlp")
+            raise ValueError(
+                f"{where}Invalid memory: {memory!r}. Choose one of linear, mlp: what the momentum "
+                "is here. Slow copies of the weights, which other optimizers take as memory=, are "
+                "attached by WeightMemory(optimizer, ...)"
+            )
         if objective is None:
             objective = "l2" if memory == "mlp" else "dot"
         canonical["objective"] = objective
@@ -377,7 +381,9 @@ DeepMomentum.__doc__ = rf"""SGD whose momentum is a memory, trained on the gradi
         lr (float or Tensor): learning rate, on SGD's scale (default: 1e-3). A tensor needs
             ``foreach`` off or ``capturable=True``.
         momentum (float): decay rate :math:`\alpha` of b, in [0, 1) (default: 0.9).
-        memory (str): ``"mlp"`` or ``"linear"`` (default: ``"mlp"``).
+        memory (str): what the momentum is, ``"mlp"`` or ``"linear"`` (default: ``"mlp"``). The
+            ``memory=`` of our other optimizers is another thing: attach slow copies of the weights
+            here by ``WeightMemory(optimizer)``.
         objective (str): ``"l2"`` or ``"dot"``, see above; None is ``"l2"`` for an MLP and ``"dot"``
             for a linear memory (default: None).
         memory_lr (float): learning rate of the memory's own Adam (default: 1e-3).

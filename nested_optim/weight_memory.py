@@ -298,7 +298,7 @@ class WeightMemory:
         self._buffers.follow(settings for _, settings in groups)
         self._buffers.make()
         withdraw(optimizer)
-        self._run.renew()
+        self._run.forget()
         self._joined = None
         self._params, self._seen = params, self._options()
         self._pending, self._settled = pending, False

@@ -10,6 +10,7 @@ from torch import nn
 from nested_optim import (
     DGD,
     M3,
+    DeepMomentum,
     DeepNestedOptimizer,
     DeltaMomentum,
     NestedOptimizer,
@@ -63,6 +64,21 @@ def test_a_name_is_a_preset_and_a_tuple_frequencies(name):
     assert preset.param_groups[0]["memory_frequencies"] == PRESETS[name].frequencies
     plain = NestedOptimizer(make().parameters(), memory=(3, 30))
     assert plain.param_groups[0]["memory_frequencies"] == (3, 30)
+
+
+@pytest.mark.parametrize("given", [(10, 50), {"frequencies": (2,)}, "continual"], ids=str)
+def test_deep_momentums_own_memory_is_another(given):
+    model = make()
+    with pytest.raises(ValueError, match=r"WeightMemory\(optimizer, \.\.\.\)"):
+        DeepMomentum(model.parameters(), lr=0.1, memory=given)
+    optimizer = DeepMomentum(model.parameters(), lr=0.1)
+    memory = WeightMemory(optimizer, (2,))
+    assert optimizer.weight_memory is memory
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, 3)
+    assert optimizer.param_groups[0]["memory"] == "mlp"
+    assert not torch.equal(memory.weights(1)[0], before[0])
+    assert optimizer.param_groups[0]["memory_step"] > 0  # and it has learned
 
 
 def test_copies_have_none():

@@ -1,6 +1,8 @@
 """A weight memory on a CUDA device: the CPU's numbers, skipped steps, CUDA graphs, no syncs."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from nested_optim import NestedOptimizer, WeightMemory
 
 from ..helpers import assert_same_tensors, clone_params, make_params, random_grads, set_grads
 
+exchange = pytest.importorskip("nested_optim.kernels.exchange")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SHAPES = (1030, 17), (129,), ()
@@ -120,18 +123,116 @@ def test_counting_on_the_host_cannot_be_captured():
         optimizer.step()
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-def test_an_exchange_waits_for_nothing(capturable):
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("counts", ["host", "capturable", "scaled"])
+def test_an_exchange_waits_for_nothing(counts, dtype):
     params = on_cuda(make_params(*SHAPES))
     optimizer = torch.optim.AdamW(params, lr=0.1, fused=True)
-    WeightMemory(optimizer, (1, 2), capturable=capturable)
+    WeightMemory(optimizer, (1, 2), capturable=counts == "capturable", dtype=dtype)
     step(optimizer, params, 0)
+    if counts == "scaled":  # as a GradScaler leaves them
+        optimizer.grad_scale = torch.ones((), device="cuda")
+        optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("frequencies", [(2,), (2, 3, 6)])
+def test_steps_counted_on_the_device_take_one_launch(frequencies, monkeypatch):
+    """Whether or not anything is due; what there is to exchange is looked up once."""
+    launched = []
+    real = exchange.ExchangeTable.launch_due
+
+    def counting(self, *args):
+        launched.append(self.n_tensors)
+        real(self, *args)
+
+    monkeypatch.setattr(exchange.ExchangeTable, "launch_due", counting)
+    monkeypatch.setattr(exchange.ExchangeTable, "launch", None)
+    params = on_cuda(make_params(*SHAPES))
+    optimizer = torch.optim.AdamW(params, lr=0.1, fused=True)
+    memory = WeightMemory(optimizer, frequencies, 0.3, 0.2, capturable=True)
+    looks = []
+    pairs = memory._pairs
+    monkeypatch.setattr(memory, "_pairs", lambda: (looks.append(1), pairs())[1])
+    for seed in range(7):
+        step(optimizer, params, seed)
+    assert launched == [len(SHAPES)] * 7
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("counts", ["host", "device"])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, NestedOptimizer])
+def test_narrow_copies_draw_nothing_that_stands_still(cls, counts):
+    params = on_cuda(make_params(*SHAPES))
+    before = clone_params(params)
+    optimizer = cls(params, lr=0.0, weight_decay=0.0)
+    options = {"dtype": "bfloat16", "capturable": counts == "device"}
+    memory = WeightMemory(optimizer, (1, 2), 0.3, 0.4, **options)
+    for seed in range(5):
+        step(optimizer, params, seed)
+    assert_same_tensors(params, before)
+    assert_same_tensors(memory.weights(-1), [p.detach().bfloat16() for p in before])
+
+
+@pytest.mark.parametrize("counts", ["host", "device"])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, NestedOptimizer])
+@pytest.mark.parametrize("how", ["load", "off", "clear", "detach"])
+def test_copies_that_are_gone_give_their_memory_back(how, cls, counts):
+    size = 1 << 20
+    params = on_cuda(make_params((size,)))
+    optimizer = cls(params, lr=0.1)
+    memory = WeightMemory(optimizer, (1, 2), 0.3, 0.2, capturable=counts == "device")
+
+    def allocated():
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    for seed in range(3):
+        step(optimizer, params, seed)
+    before = allocated()
+    copies = 2 * 4 * size
+    if how == "load":
+        for _ in range(3):
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            for seed in range(3):
+                step(optimizer, params, seed)
+        assert abs(allocated() - before) < copies // 4
+    elif how == "clear":
+        optimizer.state.clear()
+        for seed in range(3):
+            step(optimizer, params, seed)
+        assert abs(allocated() - before) < copies // 4
+    else:
+        if how == "detach":
+            memory.detach()
+        else:
+            optimizer.param_groups[0]["memory_frequencies"] = ()
+        for seed in range(2):
+            step(optimizer, params, seed)
+        assert abs(before - allocated() - copies) < copies // 4
+
+
+def test_what_a_graph_reads_is_kept_for_it():
+    params = on_cuda(make_params(*SHAPES))
+    optimizer = torch.optim.AdamW(params, lr=0.1, capturable=True)
+    WeightMemory(optimizer, (1,), 0.3, 0.2)
+    for seed in range(3):
+        step(optimizer, params, seed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    kept = [weakref.ref(optimizer.state[p]["memory_1"]) for p in params]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert all(ref() is not None for ref in kept)
 
 
 def test_a_memory_resumes_on_the_device():

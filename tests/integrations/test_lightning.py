@@ -328,6 +328,33 @@ def test_validation_reads_out_and_live_weights_are_saved(tmp_path: Any) -> None:
     assert torch.equal(module.val_weights[0], copy)
 
 
+def test_checkpoints_hold_a_read_out_beside_the_live_weights(tmp_path: Any) -> None:
+    module = Module("nested")
+    memory = WeightMemoryLightningCallback(
+        frequencies=(1,), write=0.1, pull=0.0, validate_from=1, save_from=1, save_as="slow"
+    )
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, monitor="val_loss")
+    _fit(module, [memory, checkpoint], val=held_out(), max_epochs=1)
+    saved = torch.load(checkpoint.best_model_path, weights_only=True)
+    assert memory.memory is not None
+    wanted = memory.memory.model_state_dict(module, 1)
+    assert saved["slow"].keys() == wanted.keys()
+    assert all(torch.equal(saved["slow"][key], value) for key, value in wanted.items())
+    assert torch.equal(saved["slow"]["net.head.weight"], module.val_weights[0])
+    assert not torch.equal(saved["state_dict"]["net.head.weight"], wanted["net.head.weight"])
+    Module("nested", seed=5).load_state_dict(saved["slow"])
+
+
+def test_options_for_a_memory_of_others_are_refused() -> None:
+    module = Module("nested", memory=(2,))
+    with pytest.raises(ValueError, match="frequencies, average_buffers would not change"):
+        callback = WeightMemoryLightningCallback(frequencies=(5,), average_buffers=True)
+        _fit(module, [callback])
+    callback = WeightMemoryLightningCallback(validate_from=-1)
+    trainer = _fit(module, [callback], max_epochs=1)
+    assert callback.memory is _optimizer(trainer).weight_memory
+
+
 def test_live_weights_come_back_when_validation_fails() -> None:
     class Failing(Module):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
