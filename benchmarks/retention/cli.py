@@ -105,7 +105,8 @@ def _chosen(names: str | None, added: tuple[str, ...]) -> list[Method]:
 
 @click.command(
     epilog="Methods: " + ", ".join(known.METHODS) + ". A memory by its settings is written "
-    "BASE:FREQUENCIES:WRITE:PULL, such as adamw_lrf:10/50:0.5:0.5."
+    "BASE:FREQUENCIES:WRITE:PULL, such as adamw_lrf:10/50:0.5:0.5, with :bfloat16 behind it if its "
+    "copies are to be of that dtype."
 )
 @click.option(
     "--data",

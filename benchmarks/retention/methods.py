@@ -5,8 +5,6 @@ All get the same weights, batches and loop, weight decay 0, and as many learning
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nested_optim import M3, NestedOptimizer, depth_groups, matrix_groups
+from nested_optim.memory_levels import PRESETS
 from nested_optim.weight_memory import WeightMemory
 
 from .baselines import EWC, Lookahead
@@ -199,7 +198,7 @@ def _memory(base: str, preset: str | None, **options: Any) -> Build:
         read_outs["mean"] = lambda: memory.read_out("mean")
         aliases = {}
         if preset is not None:
-            chosen = _resolved(preset, options)[-1]
+            chosen = _resolved(preset, options)[3]
             aliases[PRESET_READ_OUT] = (
                 chosen if chosen == "mean" else f"level {chosen}" if chosen else LIVE
             )
@@ -212,34 +211,18 @@ def _resolved(preset: str | None, options: dict[str, Any]) -> tuple[Any, ...]:
     """What the settings come to, so that results of a preset that has changed are not reused.
 
     Returns:
-        frequencies, write, pull, and what is read out where nothing is said: a level or ``"mean"``;
-        None without a preset.
-
-    Raises:
-        ValueError: another mixture of levels is read out.
+        frequencies, write, pull, what is read out where nothing is said (a level, ``"mean"``, None
+        without a preset), and the copies' dtype, if one is asked for.
     """
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = SGD([weight], lr=0.1)
-    memory = WeightMemory(optimizer, preset=preset, **options)
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    WeightMemory(optimizer, preset=preset, **options)
     group = optimizer.param_groups[0]
     found = [tuple(group[f"memory_{key}"]) for key in ("frequencies", "write", "pull")]
-    # Which level is read out shows only in what is read: give each level's weight a value that no
-    # mixture of the others has.
-    weight.grad = torch.ones(1)
-    optimizer.step()
-    values = [float(100**level) for level in range(len(found[0]) + 1)]
-    with torch.no_grad():
-        for level, value in enumerate(values):
-            memory.weights(level)[0].fill_(value)
-    with memory.read_out():
-        read = float(weight.detach())
-    if preset is None:
-        return (*found, None)
-    if read in values:
-        return (*found, values.index(read))
-    if math.isclose(read, statistics.fmean(values), rel_tol=1e-6):
-        return (*found, "mean")
-    raise ValueError(f"the preset {preset!r} reads out a mixture that this suite does not measure")
+    read = None if preset is None else PRESETS[preset].read
+    if isinstance(read, int) and read < 0:  # from the slowest on
+        read += len(found[0]) + 1
+    dtype = options.get("dtype")
+    return (*found, read, *([] if dtype is None else [dtype]))
 
 
 def _memory_method(
@@ -268,14 +251,14 @@ def _make_methods() -> dict[str, Method]:
             Method(f"ewc_{s:g}", f"AdamW, EWC {s:g}", "control", _ewc(s), settings=(s,))
             for s in EWC_STRENGTHS
         ),
-        base("windows", "other", label="windows 100/30/10/3/1"),
-        base("windows_short", "other", label="windows 16/8/4/2/1"),
-        base("m3", "other"),
+        base("windows", "other", label="windows, long"),
+        base("windows_short", "other", label="windows, short"),
+        Method("m3", "M3, alpha 0.25", "other", _plain("m3"), settings=("alpha", 0.25)),
         _memory_method("continual", "memory 'continual'", "adamw", "continual"),
         _memory_method("continual_lrf", "memory 'continual', lr / f", "adamw_lrf", "continual"),
         _memory_method("replay", "memory 'replay'", "adamw", "replay"),
         _memory_method("replay_lrf", "memory 'replay', lr / f", "adamw_lrf", "replay"),
-        parse_memory("sgd_lrf:10/50:0.5:0.5"),
+        *(parse_memory(f"{name}:10/50:0.5:0.5") for name in ("adamw", "adamw_lrf", "sgd_lrf")),
         Method("joint", "joint training", "ceiling", _plain("adamw"), joint=True),
     ]
     return {method.key: method for method in found}
@@ -284,20 +267,22 @@ def _make_methods() -> dict[str, Method]:
 def parse_memory(text: str) -> Method:
     """A WeightMemory by its settings: ``BASE:FREQUENCIES:WRITE:PULL``, levels divided by ``/``.
 
-    Such as ``adamw_lrf:10/50:0.5:0.5`` or ``adamw:1/10:0.01/0.1:0``.
+    Such as ``adamw_lrf:10/50:0.5:0.5`` or ``adamw:1/10:0.01/0.1:0``; with ``:bfloat16`` behind it,
+    of copies in that dtype.
 
     Raises:
         ValueError: it is not of this form, or WeightMemory refuses the settings.
     """
     parts = text.split(":")
-    if len(parts) != 4 or parts[0] not in BASES:
+    if len(parts) not in (4, 5) or parts[0] not in BASES:
         raise ValueError(
             f"{text!r} is no memory: write BASE:FREQUENCIES:WRITE:PULL, such as "
             f"adamw_lrf:10/50:0.5:0.5, with BASE one of {', '.join(BASES)}"
         )
+    dtype = parts[4] if len(parts) == 5 else None
     try:
         frequencies = tuple(int(f) for f in parts[1].split("/"))
-        write, pull = (tuple(float(r) for r in part.split("/")) for part in parts[2:])
+        write, pull = (tuple(float(r) for r in part.split("/")) for part in parts[2:4])
     except ValueError as error:
         raise ValueError(f"{text!r} is no memory: {error}") from None
     options = {
@@ -306,6 +291,9 @@ def parse_memory(text: str) -> Method:
         "pull": pull * len(frequencies) if len(pull) == 1 else pull,
     }
     label = f"memory {parts[1]} ({parts[2]}, {parts[3]}) on {BASES[parts[0]][0]}"
+    if dtype is not None:
+        options["dtype"] = dtype
+        label += f", copies in {dtype}"
     return _memory_method(text, label, parts[0], **options)
 
 
