@@ -62,16 +62,20 @@ def _size(group: Mapping[str, Any], module: str) -> int:
     return networks.size(*_network(group, module))
 
 
+def start(first: Mapping[str, Any], module: str, like: Tensor) -> Tensor:
+    """The weights that a module begins with: like this tensor, and not to be written to."""
+    if module == "mixing":
+        return torch.zeros(_size(first, module), dtype=like.dtype, device=like.device)
+    return networks.start_on(*_network(first, module), like.device, like.dtype)
+
+
 def ensure(first: dict[str, Any], device: torch.device) -> None:
     """Make the tensors of the modules that are switched on, where there are none."""
     for module in modules(first):
         if first[f"{module}_weights"] is not None:
             continue
-        if module == "mixing":
-            weights = torch.zeros(_size(first, module), dtype=torch.float32, device=device)
-        else:
-            weights = networks.initial(*_network(first, module)).to(device)
-        first[f"{module}_weights"] = weights
+        like = torch.empty(0, dtype=torch.float32, device=device)
+        weights = first[f"{module}_weights"] = start(first, module, like).clone()
         for part in PARTS[1:]:
             first[f"{module}_{part}"] = torch.zeros_like(weights)
 
