@@ -125,7 +125,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     State, beside NestedOptimizer's: ``exp_avg_slow1``, ... for slow momenta; in simple mode
     ``previous_grad`` (bfloat16 where moments are float32: only learning reads it, and only in
-    products) and ``update_trace`` (16 numbers). In ``param_groups[0]``: flat float32
+    products) and ``update_trace`` (18 numbers). In ``param_groups[0]``: flat float32
     tensors ``<part>_weights``, ``_exp_avg``, ``_exp_avg_sq`` and ``_grad`` (gathered since the last
     meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``global_step`` and
     ``meta_updates``. Saving anywhere and going on is bit for bit the same. Batches kept for the
@@ -394,6 +394,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             )
         if key != "update_trace":
             return super()._load_tensor(param, group, key, value)
+        value = simple.longer(value, group["betas"])
         if value.shape != (simple.TRACE,):
             raise ValueError(
                 f"checkpoint's 'update_trace' has shape {tuple(value.shape)}, not {(simple.TRACE,)}"

@@ -130,6 +130,18 @@ def test_steps_and_what_is_learned_are_those_of_the_rule(options, launches):
     assert_alike(optimizer, twin, 1e-9 if adam else 1e-6)
 
 
+def test_the_betas_of_the_update_before_are_those_that_count(launches):
+    optimizer, twin, params, twins = pair(meta_rule="adam", weight_decay=0.1)
+    for seed in range(5):
+        for opt in (optimizer, twin):
+            for group in opt.param_groups:
+                group["betas"] = 0.1 * seed + 0.4, 0.9 + 0.01 * seed
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+    assert launches
+    assert_alike(optimizer, twin, 1e-9)
+
+
 def test_before_a_meta_update_a_pass_only_measures_and_otherwise_one_pass_does_all(launches):
     optimizer, _, params, _ = pair()
     for seed in range(5):

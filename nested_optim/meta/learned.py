@@ -133,7 +133,7 @@ def weights(first: dict[str, Any], requires_grad: bool = False) -> dict[str, Ten
 def inputs(
     options: dict[str, Any],
     flats: dict[str, Tensor],
-    beta: float,
+    beta: float | Tensor,
     of_group: Tensor | None,
     of_tensors: Tensor | None,
 ) -> Inputs:
@@ -142,7 +142,7 @@ def inputs(
     Args:
         options: a group's; ``*_num_layers`` and ``controller_features`` where they are not ours.
         flats: the modules' weights.
-        beta: decay rate of the fastest momentum.
+        beta: decay rate of the fastest momentum, or ``(rows,)`` of them.
         of_group: ``(rows, GROUP_FEATURES)``, where there is a controller.
         of_tensors: ``(rows, TENSOR_FEATURES)``, where there is a learned momentum.
 
