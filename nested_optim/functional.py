@@ -74,6 +74,9 @@ __all__ = [
 Rate = float | Tensor | Callable[[int], Any]
 
 
+_SWITCHES = {"amsgrad", "decoupled", "maximize", "nesterov"}
+
+
 class LevelState(NamedTuple):
     """The state of a transformation: tensors only, as TorchOpt's tools expect."""
 
@@ -93,7 +96,7 @@ class _Levels:
     lr: Any
     weight_decay: Any
     frequency: Any
-    algorithm: Any = "m3"
+    algorithm: Any = None  # M3 has a choice
     form: Any = None
 
     def leaves(self, params: Any, calls: int) -> tuple[list[Any], Any, list[Leaf]]:
@@ -509,6 +512,9 @@ def _checked(
             elif not 0.0 <= value:
                 label = "learning rate" if name == "lr" else "weight_decay value"
                 raise ValueError(f"{where}Invalid {label}: {value}")
+    for name in _SWITCHES & options.keys():
+        if not isinstance(options[name], bool):
+            raise ValueError(f"Invalid {name}: {options[name]!r}. True or False")
     defaults: dict[str, Any] = cls([torch.zeros(shape)], **options).defaults
     return defaults
 
