@@ -20,6 +20,7 @@ from .meta import learned, options, simple
 from .meta import unroll as unrolled
 from .meta.features import clip_factor
 from .meta.report import Report, as_loss
+from .meta.rest import Rest
 from .meta.simple import Due
 from .nested import NestedOptimizer
 from .optimizer import LevelOptimizer, ParamsT
@@ -73,7 +74,9 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         base_lr (float or Tensor): the same as ``lr``.
         loss_fn (callable): ``loss_fn(model, batch)`` for :meth:`meta_update`; None takes the
             ``loss`` of the model's output. Not saved.
-        meta_lr (float): learning rate of the learned parts; 0 leaves them (default: 1e-4).
+        meta_lr (float): learning rate of the learned parts; 0 leaves them. While they are as they
+            began, 0 also leaves slow momenta and what learning needs of an update: both begin where
+            it is raised (default: 1e-4).
         k_unroll (int): steps in an unroll from :meth:`observe_batch` (default: 5).
         cms_frequencies (tuple): updates per chunk of each momentum, ascending from 1; each one
             beside the first takes a tensor of at least float32 (default: (1, 10, 100)).
@@ -123,7 +126,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     State, beside NestedOptimizer's: ``exp_avg_slow1``, ... for slow momenta; in simple mode
     ``previous_grad`` (bfloat16 where moments are float32: only learning reads it, and only in
-    products) and ``update_trace`` (16 numbers). In ``param_groups[0]``: flat float32
+    products) and ``update_trace`` (18 numbers). In ``param_groups[0]``: flat float32
     tensors ``<part>_weights``, ``_exp_avg``, ``_exp_avg_sq`` and ``_grad`` (gathered since the last
     meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``global_step`` and
     ``meta_updates``. Saving anywhere and going on is bit for bit the same. Batches kept for the
@@ -260,6 +263,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         self._batches: deque[Any] = deque()
         self._inputs = {}
         self._learning = FusedLearning()
+        self._rest = Rest()
         self.last_meta_loss, self.controller_grad_norm = None, torch.zeros(())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -324,20 +328,23 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             )
 
     @property
-    def _plain(self) -> bool:
-        return options.is_plain(self.param_groups[0])
+    def _nested(self) -> bool:
+        """Whether updates are NestedOptimizer's own."""
+        groups = self.param_groups
+        return options.is_plain(groups[0]) or self._rest.holds(groups)
 
     # The kernels are NestedOptimizer's rule, on gradients as they are.
     @property
     def _has_kernels(self) -> bool:  # type: ignore[override]
         groups = self.__dict__.get("param_groups")
-        return not groups or (self._plain and groups[0]["max_grad_norm"] is None)
+        return not groups or (self._nested and groups[0]["max_grad_norm"] is None)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # What is clipped must have been unscaled.
-        clips = self.param_groups[0]["max_grad_norm"] is not None
-        return not clips and super()._step_supports_amp_scaling
+        # What is clipped must have been unscaled, and the host counts steps towards meta updates.
+        first = self.param_groups[0]
+        hosted = first["max_grad_norm"] is not None or not options.is_plain(first)
+        return not hosted and super()._step_supports_amp_scaling
 
     # ------------------------------------------------------------------ state
 
@@ -371,7 +378,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     def _counts_on_device(self, group: dict[str, Any]) -> bool:
         # A learned step is counted on the host, which tells the kernels.
-        return options.is_plain(group) and super()._counts_on_device(group)
+        return self._nested and super()._counts_on_device(group)
 
     def _state_shape(
         self, param: Tensor, group: dict[str, Any], key: str
@@ -388,6 +395,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             )
         if key != "update_trace":
             return super()._load_tensor(param, group, key, value)
+        value = simple.longer(value, group["betas"])
         if value.shape != (simple.TRACE,):
             raise ValueError(
                 f"checkpoint's 'update_trace' has shape {tuple(value.shape)}, not {(simple.TRACE,)}"
@@ -438,6 +446,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None, fused: FusedSteps | None) -> Any:
         self._due, self._counted = [], False
+        self._rest.settle(self.state, self._nested)
         result = super()._step(closure, fused)
         if fused is not None and not self._counted:
             self._counted = any(p.grad is not None for g in self.param_groups for p in g["params"])
@@ -447,7 +456,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     @_use_grad_for_differentiable
     def _step_while_compiling(self, closure: Callable[[], Any] | None) -> Any:
-        if not self._plain:
+        if not options.is_plain(self.param_groups[0]):
             return self._step_uncompiled(closure)
         return super()._step_while_compiling(closure)
 
@@ -455,6 +464,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
     @_use_grad_for_differentiable
     def flush(self) -> int:
         self._due, self._counted = [], False
+        self._rest.settle(self.state, self._nested)
         updated = super().flush()
         self._finish()
         return updated
@@ -482,10 +492,13 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         self._counted |= bool(params)
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        if options.is_plain(group):
+        if self._nested:
             super()._update(group, params, grads)
-        else:  # all groups together, in _finish
-            self._due.append(Due(group, params, grads))
+            return
+        for state in map(self.state.__getitem__, params):
+            if not state["step"].is_cpu:  # NestedOptimizer's paths have counted so far
+                state["step"] = state["step"].cpu()
+        self._due.append(Due(group, params, grads))  # all groups together, in _finish
 
     def _finish(self) -> None:
         """Learn from the gradients that have come, then update with them.

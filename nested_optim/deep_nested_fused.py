@@ -21,7 +21,7 @@ from torch.optim.optimizer import _get_value
 from . import kernels
 from .meta import learned, networks, options
 from .meta.features import GROUP_FEATURES, TENSOR_FEATURES
-from .meta.momentum import LIMITS, PACES, longest_memory
+from .meta.momentum import LIMITS, PACES
 from .meta.simple import Due
 from .nested import _count
 from .rules.deep_nested import Inputs
@@ -276,7 +276,7 @@ class _Plan:
             numbers += [self.starts[d], self.starts[d + 1] - self.starts[d], self.elements[d]]
             numbers += [told, float(loss is not None)]
             numbers += [math.log(group["min_lr_mult"]), math.log(group["max_lr_mult"]), *LIMITS]
-            numbers += [networks.GAIN, learned.MIXING_GAIN, *PACES, longest_memory(beta1), 0.0]
+            numbers += [networks.GAIN, learned.MIXING_GAIN, *PACES, 0.0, 0.0]
             packed.extend(map(float, numbers))
         if packed != self._packed:
             host = torch.frombuffer(packed, dtype=torch.float64).view(-1, _SETTINGS)

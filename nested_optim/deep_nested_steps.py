@@ -16,7 +16,7 @@ from .meta import learned, simple
 from .meta.features import features, measure
 from .meta.simple import Due
 from .momentum import foreach_scale
-from .nested import NestedOptimizer, _count
+from .nested import _count
 from .rules.deep_nested import Inputs, coefficients, deep_nested, factor_for
 from .tensors import to_scalar
 
@@ -69,17 +69,18 @@ def apply(optimizer: DeepNestedOptimizer, due: Due, flats: dict[str, Tensor]) ->
         simple.remember(group, states, of_group, of_tensors, sizes)
 
     dtypes = [torch.promote_types(p.dtype, s["exp_avg"].dtype) for p, s in zip(params, states)]
-    kept = [params, *([s[key] for s in states] for key in ("exp_avg",))]
+    kept = [params, [s["exp_avg"] for s in states], [], []]
     if group["normalize"]:
-        keys = NestedOptimizer._moment_keys[1 : 2 + group["amsgrad"]]
-        kept += [[s[key] for s in states] for key in keys]
+        kept[2] = [s["exp_avg_sq"] for s in states]
+        if group["amsgrad"]:
+            kept[3] = [s["max_exp_avg_sq"] for s in states]
     work = [[t.to(dtype) for t, dtype in zip(column, dtypes)] for column in kept]
     lists = Lists(
         work[0],
         [grad.to(dtype) for grad, dtype in zip(grads, dtypes)],
         work[1],
-        work[2] if len(work) > 2 else [],
-        work[3] if len(work) > 3 else [],
+        work[2],
+        work[3],
         [[s[key] for key in slow_keys] for s in states],
         [s["previous_grad"] for s in states] if optimizer._traces(group) else [],
     )

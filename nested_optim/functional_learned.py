@@ -191,7 +191,7 @@ def learned_weights(
         learn_mixing=learn_mixing,
     )
     return {
-        module: learned.initial(options, module).to(device, dtype)
+        module: learned.start(options, module, torch.empty(0, dtype=dtype, device=device)).clone()
         for module in learned.modules(options)
     }
 
@@ -300,7 +300,7 @@ def learned_adamw(
         max_grad_norm=max_grad_norm,
     )
     if weights is None:
-        found = {m: learned.initial(options, m) for m in learned.modules(options)}
+        found = {m: learned.start(options, m, torch.empty(0)) for m in learned.modules(options)}
     else:
         found = {m: _checked_weights(options, m, weights[m]) for m in weights}
     rule = LearnedRule(options, {m: found[m] for m in learned.SWITCHES if m in found})

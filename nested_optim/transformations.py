@@ -48,7 +48,7 @@ class Levels:
     lr: Any
     weight_decay: Any
     frequency: Any
-    algorithm: Any = "m3"
+    algorithm: Any = None  # M3 has a choice
     form: Any = None
     group: Any = 0
 
@@ -247,6 +247,9 @@ class LevelTransformation(GradientTransformation):
 # ---------------------------------------------------------------------- options
 
 
+_SWITCHES = {"amsgrad", "decoupled", "maximize", "nesterov"}
+
+
 def checked_options(
     cls: Any, lr: Any, weight_decay: Any, shape: tuple[int, ...] = (1,), **options: Any
 ) -> dict[str, Any]:
@@ -264,6 +267,9 @@ def checked_options(
             elif not 0.0 <= value:
                 label = "learning rate" if name == "lr" else "weight_decay value"
                 raise ValueError(f"{where}Invalid {label}: {value}")
+    for name in _SWITCHES & options.keys():
+        if not isinstance(options[name], bool):
+            raise ValueError(f"Invalid {name}: {options[name]!r}. True or False")
     defaults: dict[str, Any] = cls([torch.zeros(shape)], **options).defaults
     return defaults
 

@@ -1,6 +1,7 @@
 """DeepNestedOptimizer: where it starts, what it is with learning off, how it is used."""
 
 import copy
+import itertools
 import math
 import re
 from pathlib import Path
@@ -76,6 +77,44 @@ def test_a_scheduled_run_with_meta_lr_zero_is_nested_optimizer_s(seed):
             scheduler.step()
         runs.append(list(model.parameters()))
     assert_same_tensors(*runs)
+
+
+@pytest.mark.parametrize("module", learned.SWITCHES)
+def test_what_has_been_learned_is_used_at_meta_lr_zero_however_it_came_there(module):
+    model, plain = Net(torch.float32), Net(torch.float32)
+    options = {"lr": 0.05, "meta_lr": 0.0}
+    deep, nested = DeepNestedOptimizer(model, **options), NestedOptimizer(plain.parameters(), 0.05)
+    nested.param_groups[0]["weight_decay"] = 0.0
+    for i in range(3):
+        step_on(deep, model, batch(i, torch.float32))
+        step_on(nested, plain, batch(i, torch.float32))
+    assert_same_tensors(list(model.parameters()), list(plain.parameters()))
+    deep.param_groups[0][f"{module}_weights"].add_(0.1)
+    again = Net(torch.float32)
+    again.load_state_dict(model.state_dict())
+    loaded = DeepNestedOptimizer(again, **options)
+    loaded.load_state_dict(copy.deepcopy(deep.state_dict()))
+    for optimizer, net in ((deep, model), (loaded, again), (nested, plain)):
+        step_on(optimizer, net, batch(3, torch.float32))
+    assert_same_tensors(list(model.parameters()), list(again.parameters()))
+    assert not torch.equal(model.first.weight, plain.first.weight)
+
+
+def test_an_update_without_a_trace_teaches_nothing():
+    """Of what learning has left behind, nothing is true after updates at meta_lr=0."""
+    model = Net(torch.float32)
+    optimizer = DeepNestedOptimizer(model, lr=0.05, meta_update_freq=100, meta_rule="adam")
+    first = optimizer.param_groups[0]
+
+    def gathered(seed, rate):
+        first["meta_lr"] = rate
+        step_on(optimizer, model, batch(seed, torch.float32))
+        return torch.cat([first[f"{m}_grad"] for m in learned.modules(first)]).clone()
+
+    found = [gathered(seed, rate) for seed, rate in enumerate([1e-4, 1e-4, 0.0, 1e-4, 1e-4])]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(found)]
+    assert changed == [True, False, False, True]
+    assert all(torch.isfinite(grads).all() for grads in found)
 
 
 def test_at_the_start_it_is_adamw_until_the_first_meta_update():
@@ -222,7 +261,7 @@ def test_networks_see_what_the_update_before_measured():
         cosine = product / (lengths[0] * lengths[1]) if i else 0.0
         measured.append(torch.tensor([lengths[0], lengths[1], cosine, lengths[2]]))
         trace = optimizer.state[p]["update_trace"]
-        torch.testing.assert_close(trace[-4:], measured[i], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(trace[12:16], measured[i], rtol=1e-5, atol=1e-7)
         seen = torch.zeros(4) if i == 0 else measured[i - 1]
         logs = (seen / p.numel() ** 0.5 + 1e-12).log() / 10
         logs[2] = seen[2]

@@ -130,6 +130,18 @@ def test_steps_and_what_is_learned_are_those_of_the_rule(options, launches):
     assert_alike(optimizer, twin, 1e-9 if adam else 1e-6)
 
 
+def test_the_betas_of_the_update_before_are_those_that_count(launches):
+    optimizer, twin, params, twins = pair(meta_rule="adam", weight_decay=0.1)
+    for seed in range(5):
+        for opt in (optimizer, twin):
+            for group in opt.param_groups:
+                group["betas"] = 0.1 * seed + 0.4, 0.9 + 0.01 * seed
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+    assert launches
+    assert_alike(optimizer, twin, 1e-9)
+
+
 def test_before_a_meta_update_a_pass_only_measures_and_otherwise_one_pass_does_all(launches):
     optimizer, _, params, _ = pair()
     for seed in range(5):
@@ -208,18 +220,66 @@ def test_what_the_kernels_do_not_know_is_left_to_other_paths(params, launches):
     assert_alike(optimizer, twin, 1e-5, of_learned=1e-3)  # clones are added up in another order
 
 
-def test_without_learning_it_is_nested_optimizer_to_rounding(launches):
-    params = make_params(*SHAPES, dtype=F64)
+FLAGS = {
+    "defaults": {},
+    "decay": {"weight_decay": 0.1},
+    "amsgrad, coupled": {"amsgrad": True, "weight_decay": 0.1, "decoupled": False},
+    "windows": {"frequency": 2},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("mode", ["simple", "explicit"])
+def test_without_learning_it_is_nested_optimizer_s_kernel_bit_for_bit(mode, flags, launches):
+    params = make_params(*SHAPES)
     twins = clone_params(params)
-    optimizer = build(params, meta_lr=0.0, weight_decay=0.1)
-    nested = NestedOptimizer(twins, lr=0.02, weight_decay=0.1)
+    # In explicit mode there are no kernels of learned updates to insist on.
+    fused = {"fused": mode == "simple"}
+    own = {"meta_lr": 0.0, "mode": mode, **fused, **flags}
+    optimizer = build(params, **own)
+    nested = NestedOptimizer(twins, lr=0.02, **{"weight_decay": 0.0, **fused, **flags})
     for seed in range(5):
-        advance(optimizer, params, seed)
+        advance(optimizer, params, seed, 1.0)
         advance(nested, twins, seed)
-    assert len(launches) == 4
+        assert_same_tensors(params, twins)
+    assert not launches
     assert torch.equal(optimizer.get_lr_multipliers(), torch.ones(2))
-    for p, q in zip(params, twins):
-        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = build([Parameter(p.detach().clone()) for p in params], **own)
+    again.load_state_dict(saved)
+    mine = [p for group in again.param_groups for p in group["params"]]
+    for seed in range(5, 8):
+        advance(again, mine, seed)
+        advance(nested, twins, seed)
+        assert_same_tensors(mine, twins)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")
+def test_learning_begins_and_rests_where_meta_lr_is_moved(launches):
+    optimizer, twin, params, twins = pair(meta_lr=0.0, meta_rule="adam", weight_decay=0.1)
+
+    def run(seeds, rate):
+        for opt in (optimizer, twin):
+            for group in opt.param_groups:
+                group["meta_lr"] = rate
+        for seed in seeds:
+            advance(optimizer, params, seed, 1.0)
+            advance(twin, twins, seed, 1.0)
+
+    run(range(4), 0.0)
+    first = optimizer.param_groups[0]
+    assert not launches and first["global_step"] == 4 and not first["meta_updates"]
+    run(range(4, 9), 0.01)
+    # An update before which there was no trace teaches nothing; the ninth step is a meta update's.
+    assert launches and first["meta_updates"] == 2
+    assert all(state["step"].is_cpu for state in optimizer.state.values())
+    assert not optimizer._step_supports_amp_scaling  # a scaler unscales before it
+    assert_alike(optimizer, twin, 1e-9)
+    assert (optimizer.get_lr_multipliers() != 1).all()
+    before = len(launches)
+    run(range(9, 11), 0.0)  # what has been learned goes on
+    assert len(launches) == before + 2
+    assert_alike(optimizer, twin, 1e-9)
 
 
 def test_it_resumes_to_the_last_bit_on_the_kernels_and_elsewhere(launches):

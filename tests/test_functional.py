@@ -460,3 +460,12 @@ def test_the_readme_s_example_runs_and_finds_the_learning_rate_s_gradient():
     exec(compile(code, "README.md", "exec"), names)
     assert names["lr"].grad.abs() > 0
     assert int(names["state"][1].leaves["0.weight"]["step"]) == 2
+
+
+def test_a_switch_that_is_none_is_refused_and_a_rule_shows_what_is_its_own():
+    for make, name in ((functional.adamw, "amsgrad"), (functional.m3, "nesterov")):
+        with pytest.raises(ValueError, match=f"Invalid {name}: 'x'. True or False"):
+            make(**{name: "x"})
+    with pytest.raises(ValueError, match=r"Invalid maximize: 1\. True or False"):
+        functional.momentum(maximize=1)
+    assert "m3" not in repr(functional.adamw()) and "m3" in repr(functional.m3())

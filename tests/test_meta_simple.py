@@ -1,5 +1,6 @@
 """First-order hypergradients against finite differences of the real two-step process."""
 
+import copy
 import math
 
 import pytest
@@ -91,6 +92,54 @@ def test_the_hypergradient_is_that_of_the_loss_after_a_real_step(options):
         for module in expected:
             assert relative_error(found[module], expected[module]) <= 1e-6, module
             assert (expected[module] != 0).all(), module
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"amsgrad": True}], ids=str)
+def test_the_hypergradient_is_by_the_betas_of_the_update_that_it_is_about(options):
+    """Schedulers cycle them."""
+    model = Net()
+    optimizer = build(model, **options)
+
+    def step(seed):
+        for group in optimizer.param_groups:
+            group["betas"] = 0.1 * seed + 0.4, 0.9 + 0.01 * seed
+        return step_on(optimizer, model, batch(seed))
+
+    for seed in range(4):
+        step(seed)
+    restore = snapshot(optimizer, model)
+
+    def run(perturb):
+        restore()
+        perturb()
+        step(4)
+        return loss_of(model, batch(5)).detach()
+
+    step(4)
+    before = gathered(optimizer)
+    step(5)
+    found = {m: after - before[m] for m, after in gathered(optimizer).items()}
+    for module, expected in finite_differences(optimizer, run).items():
+        assert relative_error(found[module], expected) <= 1e-6, module
+
+
+def test_a_trace_of_an_older_checkpoint_takes_the_betas_of_now():
+    models = Net(), Net()
+    optimizer, again = map(build, models)
+    for i in range(3):
+        step_on(optimizer, models[0], batch(i))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        assert state["update_trace"].shape == (simple.TRACE,) == (18,)
+        state["update_trace"] = state["update_trace"][:16].clone()
+    again.load_state_dict(saved)
+    models[1].load_state_dict(models[0].state_dict())
+    in_float64(again, noise=0.0)
+    for opt, model in zip((optimizer, again), models):
+        step_on(opt, model, batch(3))
+        in_float64(opt, noise=0.0)
+    for module, grad in gathered(optimizer).items():
+        torch.testing.assert_close(gathered(again)[module], grad, rtol=1e-5, atol=1e-7)
 
 
 def test_in_float32_the_last_gradient_is_kept_in_bfloat16_which_learning_hardly_notices():

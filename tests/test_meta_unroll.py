@@ -343,6 +343,16 @@ def test_a_frozen_and_an_unused_parameter_are_passed_over():
 # -------------------------------------------------------------------- its use
 
 
+def test_steps_are_rehearsed_with_the_optimizer_s_own_loss():
+    model = Net()
+    optimizer = build(model)  # the model returns no loss itself
+    position = unroll.rehearse(optimizer, [batch(10), batch(11)])
+    for i in (10, 11):
+        step_on(optimizer, model, batch(i))
+    by_name = dict(zip(unroll.Rehearsal(optimizer, None).names, position.slots))
+    assert torch.equal(by_name["model.first.weight"]["param"], model.first.weight)
+
+
 def test_batches_come_from_the_ring_or_from_the_caller():
     model = Net(torch.float32)
     optimizer = build(model, k_unroll=2)

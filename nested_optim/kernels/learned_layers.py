@@ -106,11 +106,24 @@ def network(
 
 
 @triton.jit
-def momentum_bounds(setting, o, WIDE: tl.constexpr):
+def beta_at(trace, now):
+    """The beta of the update before, of which the trace keeps 1 - beta; 0 is none."""
+    decay = tl.load(trace).to(tl.float64)
+    return tl.where(decay > 0, 1 - decay, now)
+
+
+@triton.jit
+def longest_memory(beta):
+    """``meta.momentum.longest_memory``."""
+    return tl.where(beta > 0, 0.5 * (1 - beta) / tl.where(beta > 0, beta, 1.0), 1.0)
+
+
+@triton.jit
+def momentum_bounds(setting, beta, o, WIDE: tl.constexpr):
     """``(4,)`` twice: of the logarithm of scale, of shift, and of damping."""
     widest = tl.load(setting + 15)
     furthest = tl.load(setting + 16)
-    low = tl.where(o == 0, -widest, tl.where(o == 1, -furthest, -tl.load(setting + 22)))
+    low = tl.where(o == 0, -widest, tl.where(o == 1, -furthest, -longest_memory(beta)))
     high = tl.where(o == 0, widest, tl.where(o == 1, furthest, 1.0))
     return low.to(WIDE), high.to(WIDE)
 

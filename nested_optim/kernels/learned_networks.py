@@ -16,6 +16,7 @@ from .learned_layers import (
     add_matrix,
     add_to,
     as_kept,
+    beta_at,
     bounded,
     finite,
     log_size,
@@ -131,17 +132,19 @@ def _of_tensor(
     last = tl.load(steps + tensor)
     step = last + 1
 
+    trace = tl.load(row + 7).to(tl.pointer_type(KEPT))
+    last_beta2 = beta_at(trace + 17, beta2)
+
     scale, shift, damping = 1.0, 0.0, 0.0
     x = tl.zeros([8], tl.float64)
     if LEARN_MOMENTUM:
         o = tl.arange(0, 4)
-        trace = tl.load(row + 7).to(tl.pointer_type(KEPT)) + 12
         count = tl.load(row + 8).to(tl.float64)
-        x = tl.load(trace + k, mask=k < 4, other=0.0).to(tl.float64)
+        x = tl.load(trace + 12 + k, mask=k < 4, other=0.0).to(tl.float64)
         x = tl.where(k == 2, x, log_size(x, count))  # the third is a cosine
         x = as_kept(tl.where(k < 4, finite(x), 0.0), KEPT)
         _, _, moved = network(momentum, momentum_start, x, WIDE, 4, MOMENTUM, MOMENTUM_WIDTH, 3)
-        low, high = momentum_bounds(setting, o, WIDE)
+        low, high = momentum_bounds(setting, beta1, o, WIDE)
         outs = bounded(momentum_paces(setting, o, WIDE) * moved, low, high)
         outs = tl.where(o == 0, tl.exp(outs), outs).to(tl.float64)
         scale = number_at(outs, 0, o)
@@ -154,7 +157,8 @@ def _of_tensor(
 
     order = orders + tensor * 24
     # Of each decay rate the powers that are needed, at once.
-    powers = power(tl.where((k == 1) | (k == 2), beta2, beta1), tl.where(k == 2, last, step))
+    rates = tl.where(k == 1, beta2, tl.where(k == 2, last_beta2, beta1))
+    powers = power(rates, tl.where(k == 2, last, step))
     correction = 1 - number_at(powers, 0, k)
     roots = tl.sqrt(1 - powers)
     w0 = 1.0
@@ -329,7 +333,7 @@ def learn_kernel(
         trace = tl.load(row + 7).to(tl.pointer_type(KEPT))
         if LEARN:
             last = tl.load(steps + tensor)
-            beta1 = tl.load(setting + 2)
+            beta1 = beta_at(trace + 16, tl.load(setting + 2))
             correction = 1 - power(beta1, last)
             after = sign * number_at(totals, 4, c)
             fast = sign * number_at(totals, 5, c) / correction
@@ -354,7 +358,7 @@ def learn_kernel(
                     momentum, momentum_start, y, WIDE, 4, MOMENTUM, MOMENTUM_WIDTH, 3
                 )
                 paces = momentum_paces(setting, o, WIDE)
-                low, high = momentum_bounds(setting, o, WIDE)
+                low, high = momentum_bounds(setting, beta1, o, WIDE)
                 outs = bounded(paces * turned, low, high)
                 to_raws = slope(paces * turned, low, high) * paces
                 to_raws = tl.where(o == 0, tl.exp(outs) * to_raws, to_raws).to(tl.float64)
@@ -458,6 +462,8 @@ def learn_kernel(
                 tl.store(trace + 13, (0.0 * sign).to(KEPT))
                 tl.store(trace + 14, (0.0 * sign).to(KEPT))
             tl.store(trace + 15, tl.sqrt(p_p).to(KEPT))
+            tl.store(trace + 16, (1 - tl.load(setting + 2)).to(KEPT))
+            tl.store(trace + 17, (1 - tl.load(setting + 3)).to(KEPT))
 
 
 @triton.jit(do_not_specialize=["n_tensors"])

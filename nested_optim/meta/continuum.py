@@ -104,7 +104,7 @@ class ContinuumMemoryState:
         """An average of the gradients so far, on this level's time scale; 0 before the first."""
         if self.step == 0:
             return self.momenta[level]
-        weight = slow_weight(self.step, self.frequencies[level], self.beta)
+        weight: float = slow_weight(self.step, self.frequencies[level], self.beta)
         return self.momenta[level] / weight
 
     def mix(self, weights: Sequence[float] | Tensor) -> Tensor:

@@ -100,16 +100,9 @@ class NestedController(nn.Module):
 
     def forward(self, stats: Tensor) -> Tensor:
         """Multipliers ``(groups,)`` of statistics ``(groups, n_features)``."""
-        rows = "groups" if self.n_groups is None else self.n_groups
-        if (
-            stats.dim() != 2
-            or stats.shape[1] != self.n_features
-            or rows
-            not in (
-                "groups",
-                stats.shape[0],
-            )
-        ):
+        fits = stats.dim() == 2 and stats.shape[1] == self.n_features
+        if not fits or self.n_groups not in (None, stats.shape[0]):
+            rows = "groups" if self.n_groups is None else self.n_groups
             raise ValueError(
                 f"stats must be ({rows}, {self.n_features}), but are {tuple(stats.shape)}"
             )

@@ -63,11 +63,11 @@ def size(group: Mapping[str, Any], module: str) -> int:
     return networks.size(*_network(group, module))
 
 
-def initial(group: Mapping[str, Any], module: str) -> Tensor:
-    """The weights that a module begins with, on the CPU."""
+def start(first: Mapping[str, Any], module: str, like: Tensor) -> Tensor:
+    """The weights that a module begins with: like this tensor, and not to be written to."""
     if module == "mixing":
-        return torch.zeros(size(group, module), dtype=torch.float32)
-    return networks.initial(*_network(group, module))
+        return torch.zeros(size(first, module), dtype=like.dtype, device=like.device)
+    return networks.start_on(*_network(first, module), like.device, like.dtype)
 
 
 def ensure(first: dict[str, Any], device: torch.device) -> None:
@@ -75,8 +75,8 @@ def ensure(first: dict[str, Any], device: torch.device) -> None:
     for module in modules(first):
         if first[f"{module}_weights"] is not None:
             continue
-        weights = initial(first, module).to(device)
-        first[f"{module}_weights"] = weights
+        like = torch.empty(0, dtype=torch.float32, device=device)
+        weights = first[f"{module}_weights"] = start(first, module, like).clone()
         for part in PARTS[1:]:
             first[f"{module}_{part}"] = torch.zeros_like(weights)
 
@@ -134,7 +134,7 @@ def weights(first: dict[str, Any], requires_grad: bool = False) -> dict[str, Ten
 def inputs(
     options: dict[str, Any],
     flats: dict[str, Tensor],
-    beta: float,
+    beta: float | Tensor,
     of_group: Tensor | None,
     of_tensors: Tensor | None,
 ) -> Inputs:
@@ -143,7 +143,7 @@ def inputs(
     Args:
         options: a group's; ``*_num_layers`` and ``controller_features`` where they are not ours.
         flats: the modules' weights.
-        beta: decay rate of the fastest momentum.
+        beta: decay rate of the fastest momentum, or ``(rows,)`` of them.
         of_group: ``(rows, GROUP_FEATURES)``, where there is a controller.
         of_tensors: ``(rows, TENSOR_FEATURES)``, where there is a learned momentum.
 

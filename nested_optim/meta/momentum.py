@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,15 @@ class Correction(NamedTuple):
     damping: Tensor
 
 
-def longest_memory(beta: float) -> float:
+def longest_memory(beta: Any) -> Any:
     """How far below 0 damping may go: a momentum then remembers twice as long."""
+    if isinstance(beta, Tensor):
+        return torch.where(beta > 0, 0.5 * (1 - beta) / beta, 1.0)
     return 0.5 * (1 - beta) / beta if beta > 0 else 1.0
 
 
 def corrections(
-    weights: Tensor, features: Tensor, hidden: int, layers: int, beta: float
+    weights: Tensor, features: Tensor, hidden: int, layers: int, beta: float | Tensor
 ) -> Correction:
     """Scale, shift and damping, each ``(rows,)``; exactly 1, 0, 0 at the start.
 
@@ -46,7 +48,7 @@ def corrections(
         features: ``(rows, features)``.
         hidden: units per layer.
         layers: hidden layers.
-        beta: the momentum's decay rate.
+        beta: the momentum's decay rate, or ``(rows,)`` of them.
     """
     out = networks.mlp(weights, features, hidden, 3, layers)
     scale, shift, damping = (part * pace for part, pace in zip(out.unbind(-1), PACES))

@@ -88,7 +88,7 @@ def _forward(weights: Tensor, x: Tensor, shapes: list[tuple[int, int]]) -> Tenso
     return x
 
 
-def bounded(x: Tensor, low: float, high: float) -> Tensor:
+def bounded(x: Tensor, low: float | Tensor, high: float) -> Tensor:
     """A smooth map of all numbers into (low, high) with 0 at 0 and slope 1 there; low < 0 < high.
 
     A clamp has no gradient beyond its bounds, and a sigmoid's or tanh's is soon rounded to 0. The

@@ -3,8 +3,10 @@
 The loss at a gradient depends on the update before it through the parameters only, so its
 derivative by that update's inputs is a product of the gradient with the update's parts. These are
 made again from what is in memory anyway: momenta and second moment are as the update left them,
-and the state keeps the gradient that it used and what the networks saw. The derivative is exact,
-less what the update did to momenta and so to later updates.
+and the state keeps the gradient that it used, its rates and what the networks saw. The derivative
+is exact, less what the update did to momenta and so to later updates, and less rounding: beside
+float32 moments the gradient is kept in bfloat16. ``eps``, bounds of multipliers and frequencies are
+taken as they are now.
 
 Weights of networks change between the use of one gradient for learning and its use for an update,
 not in between: so at frequency 1 an update and what is learned from it belong to the same weights.
@@ -26,9 +28,12 @@ from . import learned
 from .features import GROUP_FEATURES, SIZES, TENSOR_FEATURES, beside
 from .networks import wide_dtype
 
-#: learning rate and decoupled weight decay of the last update, what the networks saw, and what it
-#: measured, which they see next
-TRACE = 2 + GROUP_FEATURES + TENSOR_FEATURES + SIZES
+#: learning rate and decoupled weight decay of the last update, what the networks saw, what it
+#: measured, which they see next, and 1 - beta for both betas, 0 where they are not known
+_PARTS = (2, GROUP_FEATURES, TENSOR_FEATURES, SIZES, 2)
+TRACE = sum(_PARTS)
+#: Before betas were in it.
+_SHORT = TRACE - 2
 
 
 class Due(NamedTuple):
@@ -43,6 +48,13 @@ def empty_trace(param: Tensor) -> Tensor:
     """The trace of a parameter that has not been updated: nothing is learned from it."""
     dtype = param.real.dtype if param.is_complex() else param.dtype
     return torch.zeros(TRACE, dtype=torch.promote_types(dtype, torch.float32), device=param.device)
+
+
+def longer(trace: Tensor, betas: tuple[float, float]) -> Tensor:
+    """A trace of an older checkpoint, as if its update had these betas; others as they are."""
+    if trace.shape != (_SHORT,):
+        return trace
+    return torch.cat([trace, trace.new_tensor([1 - beta for beta in betas])])
 
 
 def remember(
@@ -67,7 +79,8 @@ def remember(
     if of_tensors is None:
         of_tensors = like.new_zeros(len(states), TENSOR_FEATURES)
     shared = torch.cat([known, of_group]).expand(len(states), -1)
-    rows = torch.cat([shared, of_tensors, sizes.to(like)], dim=1)
+    decays = beside(like, [1 - beta for beta in group["betas"]]).expand(len(states), -1)
+    rows = torch.cat([shared, of_tensors, sizes.to(like), decays], dim=1)
     traces = [state["update_trace"] for state in states]
     for trace, row in zip(traces, rows.unbind(0)):
         trace.copy_(row)
@@ -78,8 +91,18 @@ def last_sizes(states: Sequence[dict[str, Any]], home: torch.device) -> Tensor:
 
     So nothing has to be known of a gradient before the pass over memory that uses it.
     """
-    rows = [state["update_trace"][-SIZES:].to(home, wide_dtype(home)) for state in states]
+    measured = slice(_SHORT - SIZES, _SHORT)
+    rows = [state["update_trace"][measured].to(home, wide_dtype(home)) for state in states]
     return torch.stack(rows)
+
+
+def _last_betas(trace: Tensor, betas: tuple[float, float]) -> Sequence[Any]:
+    """The betas of a tensor's last update: numbers from the host's memory, 0-d tensors from a
+    device's, which is not waited for. ``betas`` are taken where they are not known."""
+    decays = trace[_SHORT:].to(wide_dtype(trace.device))
+    if trace.is_cpu:
+        return [1 - decay if decay > 0 else beta for decay, beta in zip(decays.tolist(), betas)]
+    return torch.where(decays > 0, 1 - decays, beside(decays, betas)).unbind()
 
 
 def second_moment(group: dict[str, Any], state: dict[str, Any]) -> Tensor | None:
@@ -128,8 +151,7 @@ def _next_losses(
     slow_keys: Sequence[str],
 ) -> tuple[Tensor, Tensor] | None:
     group = due.group
-    rows, lengths, traces, corrections = [], [], [], []
-    beta1 = group["betas"][0]
+    rows, lengths, traces, steps = [], [], [], []
     for p, grad in zip(due.params, due.grads):
         kept = state[p]
         step = _get_value(kept["step"])
@@ -143,14 +165,14 @@ def _next_losses(
             second_moment(group, kept),
             [kept[key] for key in slow_keys],
             step=step,
-            betas=group["betas"],
+            betas=_last_betas(kept["update_trace"], group["betas"]),
             eps=group["eps"],
             frequencies=group["cms_frequencies"][: len(slow_keys) + 1],
         )
         rows.append(row)
         lengths.append(length)
         traces.append(kept["update_trace"])
-        corrections.append(1 - beta1**step)
+        steps.append(step)
     if not rows:
         return None
     like = next(iter(flats.values()))
@@ -158,16 +180,17 @@ def _next_losses(
     if group["maximize"]:
         products = -products
     trace = torch.stack([t.to(like) for t in traces])
-    lr, weight_decay = trace[:, 0], trace[:, 1]
-    of_group, of_tensors, _ = trace[:, 2:].split([GROUP_FEATURES, TENSOR_FEATURES, SIZES], dim=1)
-    inputs = learned.inputs(group, flats, beta1, of_group, of_tensors)
+    rates, of_group, of_tensors, _, decays = trace.split(_PARTS, dim=1)
+    lr, weight_decay = rates.unbind(1)
+    beta = 1 - torch.where(decays[:, 0] > 0, decays[:, 0], 1 - group["betas"][0])
+    inputs = learned.inputs(group, flats, beta, of_group, of_tensors)
     loss = next_loss(
         products,
         inputs,
         lr=lr,
         weight_decay=weight_decay,
-        beta=like.new_full((), beta1),
-        correction=beside(like, corrections),
+        beta=beta,
+        correction=1 - beta ** beside(like, steps),
     ).sum()
     with torch.no_grad():
         squares = torch.stack([length.to(like) for length in lengths])

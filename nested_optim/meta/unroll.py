@@ -329,8 +329,11 @@ class Rehearsal:
 def rehearse(
     optimizer: DeepNestedOptimizer, batches: Sequence[Any], loss_fn: LossFn | None = None
 ) -> Position:
-    """Where training would stand after real steps on these batches; nothing is changed."""
-    rehearsal = Rehearsal(optimizer, loss_fn)
+    """Where training would stand after real steps on these batches; nothing is changed.
+
+    ``loss_fn`` is the optimizer's, if None is given.
+    """
+    rehearsal = Rehearsal(optimizer, loss_fn or optimizer.loss_fn)
     flats = learned.weights(optimizer.param_groups[0])
     with isolated(rehearsal.params):
         return _advanced(rehearsal, rehearsal.start(), batches, flats)

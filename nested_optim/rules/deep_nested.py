@@ -70,7 +70,7 @@ def _root(x: Tensor) -> Tensor:
     return x.sqrt()
 
 
-def slow_weight(step: float, frequency: int, beta: float) -> float:
+def slow_weight(step: float, frequency: int, beta: Any) -> Any:
     """The weights that a slow momentum's gradients add up to after ``step`` updates.
 
     It decays by ``beta`` where a chunk of ``frequency`` updates opens, and takes each gradient with
@@ -78,7 +78,7 @@ def slow_weight(step: float, frequency: int, beta: float) -> float:
     """
     chunks = (step - 1) // frequency
     in_chunk = step - chunks * frequency
-    return float(beta * (1 - beta**chunks) + (1 - beta) * in_chunk / frequency)
+    return beta * (1 - beta**chunks) + (1 - beta) * in_chunk / frequency
 
 
 def slow_momentum(momentum: Tensor, grad: Tensor, step: float, frequency: int, beta: float) -> Any:
@@ -271,7 +271,7 @@ def alignments(
     slow: Sequence[Tensor] = (),
     *,
     step: float,
-    betas: tuple[float, float],
+    betas: Sequence[Any],
     eps: float,
     frequencies: Sequence[int] = (1,),
 ) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ def alignments(
         second: the second moment that it divided by, or None.
         slow: its slow momenta.
         step: its step, ``>= 1``.
-        betas: its decay rates.
+        betas: its two decay rates, numbers or 0-d tensors.
         eps: its.
         frequencies: of its momenta.
 
@@ -295,7 +295,7 @@ def alignments(
         :math:`\hat m_i`. ``(2,)``: the squared lengths of g and of
         :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
     """
-    correction1, correction2 = bias_corrections(step, betas)
+    correction1, correction2 = bias_corrections(step, (betas[0], betas[1]))
     wide = torch.promote_types(param.dtype, torch.float32)
     tensors = [grad, param, last_grad, exp_avg, *slow]
     if param.is_complex():
@@ -315,7 +315,7 @@ def alignments(
         *(torch.dot(scaled, m) / weight for m, weight in zip(slow, weights)),
     ]
     lengths = [torch.dot(grad, grad), torch.dot(direction, direction) / correction1**2]
-    return torch.stack(products), torch.stack(lengths)
+    return torch.stack([x.to(wide) for x in products]), torch.stack([x.to(wide) for x in lengths])
 
 
 def next_loss(
