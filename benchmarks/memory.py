@@ -75,6 +75,15 @@ def _apart(build: Build) -> Build:
     return built
 
 
+def _with_unused(build: Build) -> Build:
+    """With a further parameter that never gets a gradient, as a frozen layer's."""
+
+    def built(params: list[Parameter]) -> Optimizer:
+        return build([*params, Parameter(torch.zeros(8, device=params[0].device))])
+
+    return built
+
+
 def _with_average(build: Build) -> Build:
     """torch's own average of the weights at every step, for comparison."""
 
@@ -92,6 +101,7 @@ def _with_average(build: Build) -> Build:
 CONTESTANTS: dict[str, tuple[str, Build]] = {
     "AdamW, fused": ("AdamW, fused", _adamw),
     "... with a memory": ("AdamW, fused", _with(_adamw)),
+    "... and a parameter without gradients": ("AdamW, fused", _with_unused(_with(_adamw))),
     "... counted on the device": ("AdamW, fused", _with(_adamw, capturable=True)),
     "... with bfloat16 copies": ("AdamW, fused", _with(_adamw, dtype=torch.bfloat16)),
     "... with torch's EMA": ("AdamW, fused", _with_average(_adamw)),
@@ -99,6 +109,7 @@ CONTESTANTS: dict[str, tuple[str, Build]] = {
     "... foreach, with a memory": ("AdamW, foreach", _with(_foreach)),
     "NestedOptimizer": ("NestedOptimizer", _nested),
     "NestedOptimizer with a memory": ("NestedOptimizer", _with(_nested)),
+    "... and with one without gradients": ("NestedOptimizer", _with_unused(_with(_nested))),
     "... exchanged apart": ("NestedOptimizer", _apart(_nested)),
 }
 

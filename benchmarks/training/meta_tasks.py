@@ -180,7 +180,7 @@ def _large_task(label: str, kind: str) -> Task:
     return Task(
         label,
         size.steps,
-        (3e-4, 1e-3, 3e-3, 6e-3),
+        (1e-4, 3e-4, 1e-3, 3e-3, 6e-3),
         functools.partial(_large, kind),
         ("validation loss",),
         size.batch,
