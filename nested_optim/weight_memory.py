@@ -21,7 +21,6 @@ from .memory_buffers import BUFFERS, BufferAverages
 from .memory_checkpoints import Loading, look_at, restore_copies, restore_settings, take_over
 from .memory_levels import (
     COUNT,
-    MEMORY_OPTIONS,
     PRESETS,
     Default,
     dtype_name,
@@ -33,6 +32,7 @@ from .memory_levels import (
     resolve_level,
 )
 from .memory_reading import read_params, refusing, swapped
+from .memory_settings import GroupSettings
 from .tensors import capturing
 
 _FREQUENCIES, _RATES = Default((10, 50)), Default((0.5, 0.5))
@@ -132,7 +132,7 @@ class WeightMemory:
         own = check_settings(chosen[0], chosen[1], chosen[2])
         # Rates that are the same for all levels also serve groups with another number of levels.
         rates = [r[0] if len(set(r)) == 1 else r for r in own[1:]]
-        self._defaults: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "memory_frequencies": own.frequencies,
             "memory_write": rates[0],
             "memory_pull": rates[1],
@@ -142,7 +142,7 @@ class WeightMemory:
         self.optimizer = optimizer
         self._capturable = capturable
         self._buffers = BufferAverages(buffers_from, optimizer)
-        self._checked: dict[tuple[Any, ...], Settings] = {}
+        self._settings = GroupSettings(optimizer, defaults)
         self._pending: dict[Tensor, dict[str, Tensor]] = {}
         self._params: list[Tensor] = []
         self._seen: list[Any] = []
@@ -158,13 +158,12 @@ class WeightMemory:
         self._reading = False
         self._loading: Loading | None = None
 
-        found = [self._group_settings(i, g) for i, g in enumerate(optimizer.param_groups)]
+        found = [self._settings.of(i, g) for i, g in enumerate(optimizer.param_groups)]
         if buffers_from is not None and not any(settings.levels for settings in found):
             raise ValueError("buffers_from needs frequencies: there is no level to average them in")
         self._buffers.follow(found)
-        take_over(optimizer, found, self._defaults["memory_dtype"])
-        self._given: list[set[str]] = []  # options that each group had of its own
-        self._write_all(list(zip(optimizer.param_groups, found)))
+        take_over(optimizer, found, self._settings.defaults["memory_dtype"])
+        self._settings.write(list(zip(optimizer.param_groups, found)))
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -182,11 +181,9 @@ class WeightMemory:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for at, group in enumerate(self.optimizer.param_groups):
-            given = self._given[at] if at < len(self._given) else set(group)
-            for key in (*MEMORY_OPTIONS, BUFFERS):
-                if key not in given:
-                    group.pop(key, None)
+        self._settings.remove()
+        for group in self.optimizer.param_groups:
+            group.pop(BUFFERS, None)
             for p in group["params"]:
                 state = self.optimizer.state.get(p, {})
                 for key in list(filter(is_memory_key, state)):
@@ -213,43 +210,6 @@ class WeightMemory:
                 f"{what}: this WeightMemory was detached, and its copies are gone; attach a new one"
             )
 
-    # ------------------------------------------------------------------ settings
-
-    def _group_settings(self, at: int, group: dict[str, Any]) -> Settings:
-        """A group's settings in canonical form, checked; changes nothing."""
-        raw = tuple(group.get(key, default) for key, default in self._defaults.items())
-        try:
-            if raw in self._checked:
-                return self._checked[raw]
-        except TypeError:  # lists are not hashable
-            pass
-        where = f"{group_label(at, group)}: "
-        frequencies, write, pull, dtype = raw
-        settings = check_settings(frequencies, write, pull, where)
-        if dtype is not None:
-            dtype_name(dtype, where)
-        self._checked[(*settings, dtype)] = settings
-        return settings
-
-    def _write_all(self, groups: list[tuple[dict[str, Any], Settings]]) -> None:
-        for group, _ in groups[len(self._given) :]:
-            self._given.append(set(group) & set(MEMORY_OPTIONS))
-        for group, settings in groups:
-            self._write_settings(group, settings)
-
-    def _write_settings(self, group: dict[str, Any], settings: Settings) -> None:
-        group["memory_frequencies"] = settings.frequencies
-        if settings.levels:  # the rates of a group that is switched off are kept for later
-            group["memory_write"], group["memory_pull"] = settings.write, settings.pull
-        for key, default in self._defaults.items():
-            group.setdefault(key, default)
-        if group["memory_dtype"] is not None:
-            group["memory_dtype"] = dtype_name(group["memory_dtype"])
-
-    def _groups(self) -> list[tuple[dict[str, Any], Settings]]:
-        groups = self.optimizer.param_groups
-        return [(group, self._group_settings(i, group)) for i, group in enumerate(groups)]
-
     # ------------------------------------------------------------------ steps
 
     @torch._disable_dynamo
@@ -259,20 +219,20 @@ class WeightMemory:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         same = len(params) == len(self._params) and all(map(is_, params, self._params))
         closure = any(map(callable, (*args[1:], *kwargs.values())))
-        if same and self._settled and self._options() == self._seen and self._intact():
+        if same and self._settled and self._settings.raw() == self._seen and self._intact():
             self._pending = {
                 p: self._copies(p, keys, dtype)
                 for p, (keys, dtype) in self._waiting.items()
                 if p.grad is not None or (closure and p.requires_grad)
             }
-            self._joined = ask(optimizer, self._count, self._groups())
+            self._joined = ask(optimizer, self._count, self._settings.all())
         else:
             self._look_again(params, closure)
 
     def _look_again(self, params: list[Tensor], closure: bool) -> None:
         """Make what copies are lacking: at first, and where settings or state have changed."""
         optimizer = self.optimizer
-        groups = self._groups()  # all of them are checked before anything changes
+        groups = self._settings.all()  # all of them are checked before anything changes
         pending: dict[Tensor, dict[str, Tensor]] = {}
         work = []
         known = False
@@ -290,17 +250,17 @@ class WeightMemory:
                         )
                 lacking = [key for key in settings.keys if key not in state]
                 if lacking and (p.grad is not None or (closure and p.requires_grad)):
-                    dtype = group.get("memory_dtype", self._defaults["memory_dtype"])
+                    dtype = group.get("memory_dtype", self._settings.defaults["memory_dtype"])
                     pending[p] = self._copies(p, lacking, dtype)
                     fresh.append(p)
             work.append((group, fresh, [p.grad for p in fresh]))
-        self._write_all(groups)
+        self._settings.write(groups)
         self._buffers.follow(settings for _, settings in groups)
         self._buffers.make()
         withdraw(optimizer)
         self._run.forget()
         self._joined = None
-        self._params, self._seen = params, self._options()
+        self._params, self._seen = params, self._settings.raw()
         self._pending, self._settled = pending, False
         self._probe = bool(pending) and not (known or closure) and is_probe(work)
 
@@ -316,9 +276,6 @@ class WeightMemory:
             and all(map(is_, [own.get(key) for own in entries], [copy() for copy in copies]))
             for key, copies in self._held.items()
         )
-
-    def _options(self) -> list[list[Any]]:
-        return [[group.get(key) for key in MEMORY_OPTIONS] for group in self.optimizer.param_groups]
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -355,7 +312,7 @@ class WeightMemory:
         on_device = None
         members = []
         slow: set[str] = set()
-        for group, settings in self._groups():
+        for group, settings in self._settings.all():
             for p in group["params"]:
                 own = state.get(p, {})
                 slow.update(settings.keys)
@@ -384,7 +341,7 @@ class WeightMemory:
         """Per setting the levels of its parameters (live first), and Kahan compensations."""
         state = self.optimizer.state
         found: dict[Settings, tuple[list[list[Tensor]], list[Tensor | None]]] = {}
-        for group, settings in self._groups():
+        for group, settings in self._settings.all():
             if not settings.levels:
                 continue
             keys = settings.keys
@@ -457,7 +414,7 @@ class WeightMemory:
         if level != 0:
             self._refuse_if_detached(f"weights({level!r})")
         found = []
-        for at, (group, settings) in enumerate(self._groups()):
+        for at, (group, settings) in enumerate(self._settings.all()):
             level_here = resolve_level(level, settings.levels, group_label(at, group))
             key = level_key(level_here)
             for p in group["params"]:
@@ -543,7 +500,7 @@ class WeightMemory:
         if self._buffers.model is None:
             raise ValueError("no buffers are averaged: attach the memory with buffers_from=model")
         self._refuse_if_detached("average_buffers()")
-        self._buffers.follow(settings for _, settings in self._groups())
+        self._buffers.follow(settings for _, settings in self._settings.all())
         with torch.no_grad():
             return self._buffers.named(self._read if level is None else level)
 
@@ -554,9 +511,11 @@ class WeightMemory:
         self._refuse_while_reading("read_out()")
         self._refuse_if_detached("read_out()")
         level = self._read if level is None else level
-        self._buffers.follow(settings for _, settings in self._groups())
+        self._buffers.follow(settings for _, settings in self._settings.all())
         with torch.no_grad():
-            swaps = read_params(self.optimizer, self._groups(), level) + self._buffers.read(level)
+            swaps = read_params(self.optimizer, self._settings.all(), level) + self._buffers.read(
+                level
+            )
         self._reading = True
         try:
             refused = refusing(self.optimizer, self._refuse_while_reading)
@@ -580,7 +539,7 @@ class WeightMemory:
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._refuse_while_reading("optimizer.load_state_dict()")
         self._loading = None
-        loading = look_at(optimizer, state_dict, self._group_settings)
+        loading = look_at(optimizer, state_dict, self._settings.of)
         self._buffers.check(loading.rows, loading.settings)
         self._loading = loading
 
@@ -589,11 +548,11 @@ class WeightMemory:
         loading, self._loading = self._loading, None
         if loading is not None:
             restore_settings(optimizer, loading)
-        self._write_all(self._groups())
+        self._settings.write(self._settings.all())
         if loading is not None:
             restore_copies(optimizer, loading)
         self._buffers.settle(loaded=loading is not None and loading.rows is not None)
-        self._buffers.follow(settings for _, settings in self._groups())
+        self._buffers.follow(settings for _, settings in self._settings.all())
         self._let_go()
 
 
