@@ -455,6 +455,52 @@ def test_what_an_unroll_cannot_do_is_refused():
         DeepNestedOptimizer(model, val_batch_fn=lambda: val)
 
 
+def mean_square(module, x):
+    return module(x).square().mean()
+
+
+@pytest.mark.parametrize("how", ["exact", "stepwise", "first_order"])
+def test_what_autograd_cannot_go_through_is_refused_by_its_name(how):
+    def build(model, loss_fn=mean_square):
+        return DeepNestedOptimizer(model, mode="explicit", loss_fn=loss_fn, unroll=how)
+
+    x, rows = torch.ones(2, 3), torch.tensor([1, 2])
+    sparse = build(nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1)))
+    with pytest.raises(RuntimeError, match=r"sparse gradients, but '0.weight' has one.*sparse=Fal"):
+        sparse.meta_update(rows, [rows])
+    frozen = build(nn.Linear(3, 1))
+    frozen.model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"parameters are frozen; set requires_grad"):
+        frozen.meta_update(x, [x])
+    # Of the training batch, or of the one for validation only.
+    detached = build(nn.Linear(3, 1), lambda m, x: mean_square(m, x).detach())
+    late = build(nn.Linear(3, 1))
+    late.loss_fn = lambda m, x: mean_square(m, x) if x.all() else mean_square(m, x).detach()
+    for optimizer, val in ((detached, x), (late, torch.zeros(2, 3))):
+        with pytest.raises(RuntimeError, match=r"does not depend on the parameters in autograd"):
+            optimizer.meta_update(val, [x])
+        assert optimizer.param_groups[0]["meta_updates"] == 0
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, but is 3"),
+        ({"loss_fn": 3}, TypeError, "loss_fn must be a function or None, but is 3"),
+        ({"val_batch_fn": 3}, TypeError, "val_batch_fn must be a function or None, but is 3"),
+        (
+            {"use_gradient_checkpointing": "no"},
+            ValueError,
+            "Invalid use_gradient_checkpointing: 'no'. True or False",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_of_another_kind_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        DeepNestedOptimizer([nn.Parameter(torch.ones(2))], mode="explicit", **options)
+
+
 def test_explicit_learning_lowers_the_validation_loss():
     finals = []
     for rate in (0.0, 0.01):

@@ -180,6 +180,11 @@ class Rehearsal:
                 self.params.append(p)
                 self.names.append(names[p])
             self.members.append(members)
+        if not self.params:
+            raise RuntimeError(
+                "an unroll updates nothing: all of the optimizer's parameters are frozen; set "
+                "requires_grad of those that it is to train"
+            )
         self.home = self.groups[0]["params"][0].device
 
     def start(self) -> Position:
@@ -228,6 +233,12 @@ class Rehearsal:
         swapped.update(position.buffers)
         loss: Tensor = functional_call(self.loss, swapped, (batch,))
         position.buffers = {name: swapped[name].detach() for name in position.buffers}
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "the loss of a batch does not depend on the parameters in autograd: return it as "
+                "it comes from the model that loss_fn is given, not detached, from item() or "
+                "computed under no_grad"
+            )
         return loss
 
     def derivatives(
@@ -256,6 +267,12 @@ class Rehearsal:
         params = [slot["param"].view_as(slot["param"]) for slot in position.slots]
         loss = self.loss_at(position, batch, params)
         found = self.derivatives(loss, params, create_graph=create_graph)
+        for name, g in zip(self.names, found):
+            if g is not None and g.layout is not torch.strided:
+                raise RuntimeError(
+                    f"an unroll does not support sparse gradients, but {name.partition('.')[2]!r} "
+                    f"has one ({g.layout}); build its module with sparse=False"
+                )
         grads = [None if g is None else (g if create_graph else g.detach()) for g in found]
         limit = self.groups[0]["max_grad_norm"]
         if limit is not None and any(g is not None for g in grads):
