@@ -10,9 +10,15 @@ rule are the same functions, on copies, under autograd. Three ways to go back th
 - ``"first_order"`` takes the model's gradients as constants, so that the model is never
   differentiated twice. It is biased: what an update does to later gradients is left out.
 
-The model must be twice differentiable. Scaled-dot-product attention runs on its mathematical form,
-whose kernel is, and ``torch.compile`` is bypassed; recurrent layers on cuDNN and sparse embeddings
-are not. Where ``torch.utils.checkpoint`` recomputes activations, of either kind, an unroll keeps
+Steps are the real ones bit for bit where the model's operations are. Two of them may be others:
+scaled-dot-product attention runs on its mathematical form, whose rounding is not that of other
+kernels (and Adam makes as much of a rounding as of a gradient that small); and under autocast the
+gradients of a weight that is used twice are summed in its own dtype, where a real step, which keeps
+one narrow copy of the weight, sums them in the narrow one.
+
+The model must be twice differentiable: the mathematical form of attention is, and ``torch.compile``
+is bypassed; recurrent layers on cuDNN and sparse embeddings are not. Where
+``torch.utils.checkpoint`` recomputes activations, of either kind, an unroll keeps
 them (so that a buffer which a recomputation would write once more is written once); what recomputes
 them in another way is refused. Random numbers are drawn as the next real steps would draw them,
 from copies of torch's generators (a model that draws from others moves those). Forward hooks run.
