@@ -18,9 +18,9 @@ one narrow copy of the weight, sums them in the narrow one.
 
 The model must be twice differentiable: the mathematical form of attention is, and ``torch.compile``
 is bypassed; recurrent layers on cuDNN and sparse embeddings are not. Where
-``torch.utils.checkpoint`` recomputes activations, of either kind, an unroll keeps
-them (so that a buffer which a recomputation would write once more is written once); what recomputes
-them in another way is refused. Random numbers are drawn as the next real steps would draw them,
+``torch.utils.checkpoint`` recomputes activations, of either kind, an unroll keeps them (so that a
+buffer which a recomputation would write once more is written once); what recomputes them in another
+way is refused. Random numbers are drawn as the next real steps would draw them,
 from copies of torch's generators (a model that draws from others moves those). Forward hooks run.
 Modules keep their mode, in validation too.
 
