@@ -134,7 +134,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     Raises:
         ValueError: an option's value or name is invalid, or a parameter is in two groups.
-        TypeError: models or parameters are given twice.
+        TypeError: models or parameters are given twice; a model or a function is none.
         RuntimeError: an option that needs the learned parts off.
 
     Example:
@@ -192,12 +192,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             if lr is not None and lr is not base_lr and lr != base_lr:
                 raise ValueError(f"lr={lr} and base_lr={base_lr} are one option: give one of them")
             lr = base_lr
-        if use_gradient_checkpointing:
-            if unroll not in ("exact", "stepwise"):
-                raise ValueError(
-                    f"use_gradient_checkpointing=True means unroll='stepwise', not {unroll!r}"
-                )
-            unroll = "stepwise"
+        options.check_functions(loss_fn=loss_fn, val_batch_fn=val_batch_fn)
         model, params = options.subject(params_or_model, model, params, param_groups)
 
         defaults = {
@@ -224,7 +219,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             "mode": mode,
             "meta_update_freq": meta_update_freq,
             "meta_rule": meta_rule,
-            "unroll": unroll,
+            "unroll": options.unroll_of(unroll, use_gradient_checkpointing),
             "min_lr_mult": min_lr_mult,
             "max_lr_mult": max_lr_mult,
             "max_grad_norm": max_grad_norm,
@@ -582,7 +577,8 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             The validation loss after the steps, 0-d.
 
         Raises:
-            RuntimeError: there is no model, or there are too few batches.
+            RuntimeError: there is no model, there are too few batches, or the model or its loss
+                cannot be unrolled. Nothing has changed.
         """
         first = self.param_groups[0]
         if first["mode"] != "explicit":

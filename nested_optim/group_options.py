@@ -139,11 +139,27 @@ def check_number(value: Any, key: str, where: str) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{where}{key} as a tensor must have one element, not {value.numel()}")
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        hint = " (YAML reads 1e-4 as a string: write 1.0e-4)" if isinstance(value, str) else ""
-        raise ValueError(f"{where}{key} must be a number, but is {value!r}{hint}")
+    elif isinstance(value, bool):
+        raise ValueError(f"{where}{key} must be a number, but is {value!r}")
+    else:
+        check_real(value, key, where)
     if not 0 <= value < math.inf:
         raise ValueError(f"{where}{key} must be finite and not negative, but is {value!r}")
+
+
+def check_real(value: Any, key: str, where: str) -> None:
+    """Raise if this is neither a real number nor a tensor."""
+    if not isinstance(value, (Tensor, numbers.Real)):
+        hint = " (YAML reads 1e-4 as a string: write 1.0e-4)" if isinstance(value, str) else ""
+        raise ValueError(f"{where}{key} must be a number, but is {value!r}{hint}")
+
+
+def check_betas(betas: Any, where: str) -> None:
+    """Raise if these are no sequence of numbers and tensors."""
+    if not hasattr(betas, "__iter__"):
+        raise ValueError(f"{where}Invalid betas: {betas!r}. Give a tuple of numbers")
+    for i, beta in enumerate(betas):
+        check_real(beta, f"betas[{i}]", where)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 
 from . import kernels, rules
 from .fused import FusedSteps
+from .group_options import check_betas
 from .levels import check_frequency
 from .m3_fused import FusedMatrices, wanted
 from .m3_steps import (
@@ -450,6 +451,7 @@ def _check_choice(options: dict[str, Any], key: str, choices: Sequence[Any], whe
 
 
 def _check_betas(betas: Any, paper: bool, where: str) -> tuple[float, ...]:
+    check_betas(betas, where)
     if len(betas) != 3:
         raise ValueError(
             f"{where}Invalid betas: {betas}. M3 takes three: (beta1, beta2, beta3), of the fast "

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import checkpoint, kernels, windows
 from .fused import FusedSteps, Work, serves
+from .group_options import check_betas, check_real
 from .levels import check_frequency, check_window
 from .memory_argument import MemoryT, attach_memory
 from .memory_levels import MEMORY_OPTIONS
@@ -38,6 +39,9 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 
 #: dtypes in which additions are lost
 NARROW = (torch.bfloat16, torch.float16)
+
+#: Options of any optimizer that are numbers or tensors.
+_NUMBERS = {"lr", "weight_decay", "eps", "momentum"}
 
 _EXTRA_GROUP_KEYS = frozenset(
     {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale"}
@@ -109,6 +113,9 @@ class LevelOptimizer(Optimizer, abc.ABC):
         Called before anything changes, with ``where`` naming the group ("" for the constructor's
         defaults). A subclass extends it.
         """
+        for key in _NUMBERS & options.keys():
+            check_real(options[key], key, where)
+        check_betas(options.get("betas", ()), where)
         lr, weight_decay = options["lr"], options["weight_decay"]
         if isinstance(lr, Tensor):
             if lr.numel() != 1:

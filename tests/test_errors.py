@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from nested_optim import NestedOptimizer
+from nested_optim import (
+    DGD,
+    M3,
+    DeepMomentum,
+    DeepNestedOptimizer,
+    DeltaMomentum,
+    NestedOptimizer,
+)
 
 from .helpers import assert_unchanged, make_params, set_grads, snapshot, train
 
@@ -184,6 +191,23 @@ def test_the_callers_groups_stay_as_they_are():
     assert groups[0]["params"] == params[:1]
     assert added.keys() == {"params", "decoupled_weight_decay"}
     assert optimizer.param_groups[2]["decoupled"] is False
+
+
+EVERY = [NestedOptimizer, DeepNestedOptimizer, M3, DGD, DeltaMomentum, DeepMomentum]
+
+
+@pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "eps", "betas", "momentum"])
+def test_a_number_in_quotes_is_refused_by_every_optimizer_with_that_option(cls, key):
+    options = {"decay": 0.0} if cls is DGD else {}
+    if key not in cls(make_params((2, 2)), **options).defaults:
+        pytest.skip("no such option")
+    value, name = ("1e-3", key) if key != "betas" else ((0.9, "1e-3", 0.99), r"betas\[1\]")
+    message = rf"^{name} must be a number, but is '1e-3' \(YAML reads 1e-4 as a string"
+    with pytest.raises(ValueError, match=message):
+        cls(make_params((2, 2)), **options, **{key: value})
+    with pytest.raises(ValueError, match=r"param group 0: .* must be a number|Invalid betas: None"):
+        cls([{"params": make_params((2, 2)), key: None}], **options)
 
 
 def test_unscaling_on_the_device_is_refused_where_it_cannot_be_done():

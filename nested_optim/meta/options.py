@@ -198,9 +198,37 @@ def subject(
         if params is not None:
             raise TypeError("parameters were given twice: as the first argument and `params=`")
         params = first
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but is {model!r}")
     if params is None and param_groups is None and model is not None:
         params = _groups_of(model)
     return model, params
+
+
+def check_functions(**functions: Any) -> None:
+    """Raise for what is neither None nor a function.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function or None, but is {function!r}")
+
+
+def unroll_of(unroll: str, use_gradient_checkpointing: bool) -> str:
+    """The way of unrolling that two options come to.
+
+    Raises:
+        ValueError: they disagree, or the second is no switch.
+    """
+    if not isinstance(use_gradient_checkpointing, bool):
+        raise ValueError(
+            f"Invalid use_gradient_checkpointing: {use_gradient_checkpointing!r}. True or False"
+        )
+    if use_gradient_checkpointing and unroll not in ("exact", "stepwise"):
+        raise ValueError(f"use_gradient_checkpointing=True means unroll='stepwise', not {unroll!r}")
+    return "stepwise" if use_gradient_checkpointing else unroll
 
 
 def _groups_of(model: nn.Module) -> list[dict[str, Any]]:

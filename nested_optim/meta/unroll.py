@@ -10,11 +10,17 @@ rule are the same functions, on copies, under autograd. Three ways to go back th
 - ``"first_order"`` takes the model's gradients as constants, so that the model is never
   differentiated twice. It is biased: what an update does to later gradients is left out.
 
-The model must be twice differentiable. Scaled-dot-product attention runs on its mathematical form,
-whose kernel is, and ``torch.compile`` is bypassed; recurrent layers on cuDNN and sparse embeddings
-are not. Where ``torch.utils.checkpoint`` recomputes activations, of either kind, an unroll keeps
-them (so that a buffer which a recomputation would write once more is written once); what recomputes
-them in another way is refused. Random numbers are drawn as the next real steps would draw them,
+Steps are the real ones bit for bit where the model's operations are. Two of them may be others:
+scaled-dot-product attention runs on its mathematical form, whose rounding is not that of other
+kernels (and Adam makes as much of a rounding as of a gradient that small); and under autocast the
+gradients of a weight that is used twice are summed in its own dtype, where a real step, which keeps
+one narrow copy of the weight, sums them in the narrow one.
+
+The model must be twice differentiable: the mathematical form of attention is, and ``torch.compile``
+is bypassed; recurrent layers on cuDNN and sparse embeddings are not. Where
+``torch.utils.checkpoint`` recomputes activations, of either kind, an unroll keeps them (so that a
+buffer which a recomputation would write once more is written once); what recomputes them in another
+way is refused. Random numbers are drawn as the next real steps would draw them,
 from copies of torch's generators (a model that draws from others moves those). Forward hooks run.
 Modules keep their mode, in validation too.
 
@@ -177,6 +183,11 @@ class Rehearsal:
                 self.params.append(p)
                 self.names.append(names[p])
             self.members.append(members)
+        if not self.params:
+            raise RuntimeError(
+                "an unroll updates nothing: all of the optimizer's parameters are frozen; set "
+                "requires_grad of those that it is to train"
+            )
         self.home = self.groups[0]["params"][0].device
 
     def start(self) -> Position:
@@ -225,6 +236,12 @@ class Rehearsal:
         swapped.update(position.buffers)
         loss: Tensor = functional_call(self.loss, swapped, (batch,))
         position.buffers = {name: swapped[name].detach() for name in position.buffers}
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "the loss of a batch does not depend on the parameters in autograd: return it as "
+                "it comes from the model that loss_fn is given, not detached, from item() or "
+                "computed under no_grad"
+            )
         return loss
 
     def derivatives(
@@ -253,6 +270,12 @@ class Rehearsal:
         params = [slot["param"].view_as(slot["param"]) for slot in position.slots]
         loss = self.loss_at(position, batch, params)
         found = self.derivatives(loss, params, create_graph=create_graph)
+        for name, g in zip(self.names, found):
+            if g is not None and g.layout is not torch.strided:
+                raise RuntimeError(
+                    f"an unroll does not support sparse gradients, but {name.partition('.')[2]!r} "
+                    f"has one ({g.layout}); build its module with sparse=False"
+                )
         held = [None if g is None else (g if create_graph else g.detach()) for g in found]
         grads = clipped(held, self.groups[0]["max_grad_norm"])
         told = (loss if create_graph else loss.detach()) if self.optimizer._told else None
