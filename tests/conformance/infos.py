@@ -61,6 +61,7 @@ class Info(OptimizerInfo):
         functional: module and suffix of `_single_tensor_*`, `_multi_tensor_*`, `_fused_*`
             (default: the class's own module, and its name in lower case).
         wide_state: state keys that are float32 or wider whatever the parameter's dtype.
+        narrow_state: state keys that are bfloat16 where moments are float32.
         counters: state keys of scalars that count, in float32.
         differentiable_options: options that may be tensors with a gradient.
         unrolled_updates: how many updates in a row autograd can go back through.
@@ -90,6 +91,7 @@ class Info(OptimizerInfo):
         default_path: dict[str, str] | None = None,
         functional: tuple[str, str] | None = None,
         wide_state: tuple[str, ...] = ("window_sum",),
+        narrow_state: tuple[str, ...] = (),
         counters: tuple[str, ...] = ("step", "window_count"),
         differentiable_options: tuple[str, ...] = ("lr", "weight_decay"),
         unrolled_updates: int = 2,
@@ -117,6 +119,7 @@ class Info(OptimizerInfo):
         self.default_path = default_path or {"cpu": "_multi_tensor_", "cuda": on_cuda}
         self.functional = functional or (optim_cls.__module__, optim_cls.__name__.lower())
         self.wide_state = wide_state
+        self.narrow_state = narrow_state
         self.counters = counters
         self.differentiable_options = differentiable_options
         self.unrolled_updates = unrolled_updates
@@ -565,6 +568,7 @@ INFOS: list[Info] = [
         default_path={"cpu": "_multi_tensor_", "cuda": "_multi_tensor_"},
         functional=("nested_optim.deep_nested_steps", "deepnestedoptimizer"),
         wide_state=("window_sum", "exp_avg_slow1", "exp_avg_slow2", "update_trace"),
+        narrow_state=("previous_grad",),
         elementwise=False,  # tensors and groups share what they learn
         learned=learned.KEYS,
         strided=("forloop", "foreach"),

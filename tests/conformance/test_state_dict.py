@@ -190,7 +190,10 @@ def test_loaded_state_takes_the_dtype_of_its_parameter(case: Case, dtype: torch.
                 expected = state[key].to(torch.promote_types(dtype, torch.float32))
             else:
                 kept = case.kwargs.get("state_dtype")
-                expected = state[key].to(dtype if kept is None else kept)
+                kept = dtype if kept is None else kept
+                if key in case.info.narrow_state and kept == torch.float32:
+                    kept = torch.bfloat16
+                expected = state[key].to(kept)
             assert_same(loaded[key], expected, key)
         assert p.dtype == dtype
     train(twin, cast, range(5, 8))
@@ -210,6 +213,8 @@ def test_state_has_the_dtype_of_its_parameter(case: Case, dtype: torch.dtype) ->
         for key, value in state.items():
             if key in case.info.counters:
                 assert value.dtype == torch.float32 and value.dim() == 0
+            elif key in case.info.narrow_state and p.dtype == torch.float32:
+                assert value.dtype == torch.bfloat16 and value.shape == p.shape
             elif key not in case.info.wide_state:
                 assert value.dtype == p.dtype and value.shape == p.shape
 
