@@ -13,6 +13,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 _Update = TypeVar("_Update", bound=Callable[..., Any])
 
+#: Device types that have an autocast.
+_KINDS = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "hpu", "xla", "mps")))
+
 
 def outside_autocast(update: _Update) -> _Update:
     """Let an update run with autocast off, which would round its products and fail at others.
@@ -24,7 +27,7 @@ def outside_autocast(update: _Update) -> _Update:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return update(self, *args, **kwargs)
-        kinds = filter(torch.is_autocast_enabled, torch._C._autocast_supported_devices())
+        kinds = filter(torch.is_autocast_enabled, _KINDS)
         callers = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
 
         def as_called(closure: Callable[[], Any]) -> Any:
