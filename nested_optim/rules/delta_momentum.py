@@ -53,6 +53,7 @@ def delta_term(
     rows, columns = grad.shape[-2:]
     if rows * columns == 0:
         return torch.zeros_like(buf)
+    grad = grad.contiguous()  # sums go through memory, and are not to depend on its order
     if product_dtype is not None:
         return _term_of_units(buf, grad, rate, momentum, normalized, product_dtype)
     dtype = buf.dtype
