@@ -103,7 +103,7 @@ def build_optimizer(
     """
     cls = optimizer_class(optimizer)
     known = option_names(optimizer)
-    if optimizer == "deep_momentum" and isinstance(memory, str):
+    if optimizer == "deep_momentum" and memory in ("linear", "mlp"):  # what its momentum is
         options, memory = {**options, "memory": memory}, None
     for key in options:
         if key not in known:

@@ -342,6 +342,11 @@ def test_a_memory_is_attached():
         make_model(),
     )
     assert own.param_groups[0]["memory"] == "linear"
+    beside = optimizer_from_config(
+        {"optimizer_type": "deep_momentum", "options": {"memory": "continual"}}, make_model()
+    )
+    assert beside.param_groups[0]["memory"] == "mlp"
+    assert beside.param_groups[0]["memory_frequencies"] == PRESETS["continual"][0]
     with pytest.raises(ValueError, match="not both"):
         optimizer_from_config({"memory": {}, "options": {"memory": "continual"}}, make_model())
     with pytest.raises(ValueError, match=r"memory.frequencies"):
