@@ -102,6 +102,9 @@ def warm_up(work: Callable[[], Any], device: torch.device) -> None:
 def capture(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """What repeats ``work`` on the same memory, and the tensor that it returns."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        found = work()
+    # On a stream of its own: libraries keep a workspace per stream, and graphs that were captured
+    # on the same one would share it when they are replayed side by side.
+    with torch.cuda.device(device):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            found = work()
     return graph.replay, found
