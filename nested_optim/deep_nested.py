@@ -97,7 +97,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
             count for the less the surer the former is; so multipliers fall where nothing is gained
             any more, and not before. It takes a tensor ``initial_param``, 2 bytes per
             parameter in float32. ``"step"`` goes by the next losses alone (default: None, ``"run"``
-            with ``meta_rule="cosine"``, which it needs).
+            with ``meta_rule="cosine"``, which it needs beside ``learn_lr``).
         unroll (str): ``"exact"``, ``"stepwise"`` (the same in less memory) or ``"first_order"``
             (cheaper, biased), see :mod:`nested_optim.meta.unroll` (default: ``"exact"``).
         use_gradient_checkpointing (bool): another word for ``unroll="stepwise"``.

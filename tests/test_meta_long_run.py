@@ -213,6 +213,23 @@ def test_before_there_are_enough_looks_the_next_losses_count_in_full():
         assert [float(share) for share in long_run.shares(first)] == pytest.approx([sure, 1 - sure])
 
 
+def test_cosines_of_exactly_nothing_say_nothing():
+    """Gradients of other elements than those that have moved."""
+    p = nn.Parameter(torch.zeros(2, 40))
+    optimizer = DeepNestedOptimizer([p], meta_update_freq=30, **SMALL, **MULTIPLIERS_ONLY)
+    for step in range(40):
+        p.grad = torch.zeros(2, 40)
+        looked_at = (step + 1) % 5 == 0
+        p.grad[int(looked_at), step] = 1.0
+        optimizer.step()
+        if step == 28:
+            kept = optimizer.param_groups[0]["long_run"]
+            assert kept[0] > 3.5 and not kept[1:STATISTICS].any()
+            assert [float(share) for share in long_run.shares(optimizer.param_groups[0])] == [0, 1]
+    assert torch.isfinite(optimizer.param_groups[0]["controller_weights"]).all()
+    assert torch.isfinite(p).all()
+
+
 def test_a_meta_update_joins_both_for_the_controller_alone_and_uses_them_once():
     model = Net()
     optimizer = DeepNestedOptimizer(
@@ -374,3 +391,17 @@ def test_multipliers_do_not_fall_on_one_step_s_word_while_the_way_is_a_good_one(
     grown, far = valley("run")
     assert shrunk < 1.0 and grown > 5.0
     assert far > 3 * near
+
+
+def test_where_the_first_steps_throw_weights_far_out_the_way_misleads():
+    """A limit that is known, and documented: it is why this is no cure for rates too large."""
+    found = {}
+    for horizon in ("step", "run"):
+        model = Net(torch.float32)
+        optimizer = DeepNestedOptimizer(
+            model, lr=0.5, meta_lr=1e-3, meta_update_freq=20, horizon=horizon
+        )
+        for i in range(200):
+            step_on(optimizer, model, batch(i % 20, torch.float32))
+        found[horizon] = float(optimizer.get_lr_multipliers()[0])
+    assert found["step"] < 0.5 < 1.0 < found["run"]

@@ -16,8 +16,8 @@ only every :data:`EVERY` steps are looked at, each for as many.
 It counts by how sure it is, c = t^2 / (t^2 + DOUBT^2), where t is the mean of the cosines of late
 over its standard error; and where the two disagree, the next losses count by 1 - c. So multipliers
 do not fall on one step's word while the way is clearly a good one, and do where it leads nowhere.
-Momentum and mixture go by the next loss alone, whose word on them is
-one on shapes of updates too; what it takes from their length multipliers can give back.
+Momentum and mixture go by the next loss alone: it speaks of the shape of updates there, too, and
+what it takes from their length multipliers can give back.
 
 Of all this one flat float32 tensor is kept, ``long_run`` of the first group: count, mean and sum of
 squares of the cosines, which fade, and the gradient gathered for the controller since the last meta
@@ -35,7 +35,7 @@ from torch.optim.optimizer import _get_value
 
 from ..rules.deep_nested import way
 from . import learned
-from .controller import multipliers
+from .controller import log_multipliers
 from .features import GROUP_FEATURES, beside
 from .networks import wide_dtype
 from .simple import Due
@@ -154,12 +154,13 @@ def learn(
     """
     ensure(first)
     kept = first["long_run"]
-    signs = [-1.0 if groups[at]["maximize"] else 1.0 for at in seen.at]
-    along = sums[:, 0] * beside(sums, signs)
-    cosines = along / (sums[:, 1].sum() * sums[:, 2].sum()).sqrt()
+    along = sums[:, 0]
+    if any(groups[at]["maximize"] for at in seen.at):
+        along = along * beside(sums, [-1.0 if groups[at]["maximize"] else 1.0 for at in seen.at])
+    cosines = along / sums[:, 1:].sum(0).prod().sqrt()
     flat = first["controller_weights"].detach().to(sums).requires_grad_()
     with torch.enable_grad():
-        found = multipliers(
+        logs = log_multipliers(
             flat,
             seen.features,
             first["controller_hidden_dim"],
@@ -167,8 +168,8 @@ def learn(
             first["min_lr_mult"],
             first["max_lr_mult"],
         )
-        said = torch.dot(cosines * beside(sums, list(map(float, seen.steps))), found.log())
-        (grad,) = torch.autograd.grad(said, flat)
+        said = cosines * beside(sums, list(map(float, seen.steps)))
+        (grad,) = torch.autograd.grad(logs, flat, said)
     count, mean, squares = kept[:_STATISTICS].to(sums).unbind()
     count = FADES * count + 1
     off = -cosines.sum() - mean
@@ -183,8 +184,10 @@ def shares(first: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """What share of what the ways and of what the next losses said counts now, 0-d each."""
     kept = first["long_run"].to(wide_dtype(first["long_run"].device))
     count, mean, squares = kept[:_STATISTICS].unbind()
-    errors = mean.square() / (squares / count.square())
-    sure = torch.where(count > _ENOUGH, errors / (errors + DOUBT**2), 0.0)
+    known = mean.square()
+    total = known + DOUBT**2 * squares / count.square()
+    # Cosines of exactly 0 have no error, and say nothing.
+    sure = torch.where((count > _ENOUGH) & (total > 0), known / total, 0.0)
     along = torch.dot(kept[_STATISTICS:], first["controller_grad"].to(kept))
     return sure, torch.where(along < 0, 1 - sure, 1.0)
 
