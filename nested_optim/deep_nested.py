@@ -135,7 +135,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
     State, beside NestedOptimizer's: ``exp_avg_slow1``, ... for slow momenta; in simple mode
     ``previous_grad`` (bfloat16 where moments are float32: only learning reads it, and only in
     products), ``update_trace`` (18 numbers) and, with ``horizon="run"``, ``initial_param``
-    (bfloat16 where the parameter is float32). In ``param_groups[0]``: flat float32
+    (of the same dtype). In ``param_groups[0]``: flat float32
     tensors ``<part>_weights``, ``_exp_avg``, ``_exp_avg_sq`` and ``_grad`` (gathered since the last
     meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``long_run``;
     ``global_step`` and ``meta_updates``. Saving anywhere and going on is bit for bit the same.
@@ -371,19 +371,20 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
             if key not in state:
                 state[key] = empty(dtype=self._window_dtype(param, group))
         if self._traces(group) and "update_trace" not in state:
-            state["previous_grad"] = empty(dtype=self._kept_grad_dtype(param, group))
+            state["previous_grad"] = empty(dtype=self._kept_dtype(param, group))
             state["update_trace"] = simple.empty_trace(param)
         if self._looks_back(group) and "initial_param" not in state:
             long_run.ensure(self.param_groups[0])
-            dtype = long_run.kept_dtype(param)
-            state["initial_param"] = empty(dtype=dtype).copy_(param.detach())
+            began = empty(dtype=self._kept_dtype(param, group))
+            state["initial_param"] = began.copy_(param.detach())
 
     def _looks_back(self, group: dict[str, Any]) -> bool:
         """Whether the way from where a parameter began is looked at."""
         return long_run.is_on(group)
 
-    def _kept_grad_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
-        """Of ``previous_grad``: products are all that is made of it, so 8 bits of it are enough."""
+    def _kept_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Of ``previous_grad`` and ``initial_param``: 8 bits are enough for products, and for a
+        place near the start."""
         dtype = self._state_dtype(param, group)
         return torch.bfloat16 if dtype == torch.float32 else dtype
 
@@ -399,8 +400,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
 
     def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
         if key in ("previous_grad", "initial_param"):
-            last = key == "previous_grad"
-            dtype = self._kept_grad_dtype(param, group) if last else long_run.kept_dtype(param)
+            dtype = self._kept_dtype(param, group)
             return super()._load_tensor(param, group, key, value).to(dtype)
         if key != "update_trace":
             return super()._load_tensor(param, group, key, value)

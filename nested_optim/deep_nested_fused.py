@@ -84,6 +84,7 @@ def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
                 or any(t.device != device for t in (param, grad, state["update_trace"], *tensors))
                 or any(t.dtype not in kernels.DTYPES for t in (param, grad, *tensors))
                 or any(t.stride() != dense for t in (param, *tensors))
+                or len(set(map(_dtype, tensors[:n_kept]))) > 1
                 or len(set(map(_dtype, tensors[n_kept:n_moments]))) > 1
                 or len(set(map(_dtype, tensors[n_moments:]))) > 1
             ):
@@ -98,10 +99,9 @@ class _Launch:
     def __init__(self, plan: _Plan, at: list[int], kinds: tuple[torch.dtype, ...]) -> None:
         from .kernels.learned_adamw import KINDS, SPAN
 
-        param, _, moment, *_ = kinds
+        param, _, moment, _, _ = kinds
         wide = torch.promote_types(torch.promote_types(param, moment), torch.float32)
-        *known, self.start = (KINDS[dtype] for dtype in kinds)
-        self.kinds = [*known, KINDS[wide]]
+        self.kinds = [KINDS[dtype] for dtype in (*kinds, wide)]
         spans = array("i")
         for i in at:
             plan.first_span[i] = len(spans)
@@ -145,9 +145,7 @@ class _Plan:
             moment = state["exp_avg"].dtype
             slow = state[self.slow_keys[0]].dtype if self.slow_keys else moment
             last = state["previous_grad"].dtype
-            began = state["initial_param"].dtype if "initial_param" in keys else last
-            kinds = param.dtype, grad_dtype, moment, last, slow, began
-            split.setdefault(kinds, []).append(i)
+            split.setdefault((param.dtype, grad_dtype, moment, last, slow), []).append(i)
         self.first_span = [0] * count
         self.launches = [_Launch(self, at, kinds) for kinds, at in split.items()]
 
@@ -363,7 +361,7 @@ class _Plan:
         amsgrad = first["normalize"] and self.groups[0]["amsgrad"]
         for launch in self.launches:
             flags = len(self.slow_keys), first["normalize"], amsgrad, measure, update
-            constants = *launch.kinds, *flags, way, launch.start, source.CHUNK, source.SPAN
+            constants = *launch.kinds, *flags, way, source.CHUNK, source.SPAN
             args = (
                 launch.spans, self.rows, self.upload, self.orders, self.multipliers, self.sums,
                 *constants,

@@ -110,7 +110,6 @@ VARIANTS = {
     "not normalized": {"normalize": False},
     "clipped": {"max_grad_norm": 0.5, "meta_rule": "adam"},
     "a look before a meta update": {"meta_update_freq": 5, "weight_decay": 0.1},
-    "the next losses alone": {"horizon": "step"},
     "windows": {"late": {"frequency": 2, "lr": 0.05, "eps": 1e-6, "betas": (0.8, 0.9)}},
     "no first momentum": {"betas": (0.0, 0.99), "cms_frequencies": (1, 4)},
 }
@@ -137,11 +136,11 @@ def test_the_way_from_where_parameters_began_is_summed_group_by_group(launches):
     shapes = (1,), (3, 33), (129, 65)  # the last is of two spans
     late = {"frequency": 2, "lr": 0.05}
     optimizer, twin, params, twins = pair(shapes=shapes, late=late, meta_update_freq=4)
-    for seed in range(10):
+    for seed in range(5):
         advance(optimizer, params, seed)
         advance(twin, twins, seed)
     assert launches
-    assert optimizer.param_groups[0]["long_run"][0] > 3.8  # four looks, which fade
+    assert optimizer.param_groups[0]["long_run"][0] > 1.9  # two looks, which fade
     assert_alike(optimizer, twin, 1e-6)
 
 

@@ -87,7 +87,6 @@ def _span(
     MEASURE: tl.constexpr,
     UPDATE: tl.constexpr,
     WAY: tl.constexpr,
-    START: tl.constexpr,
     CHUNK: tl.constexpr,
     FULL: tl.constexpr,
 ):
@@ -103,7 +102,7 @@ def _span(
         x_at = _base(tl.load(row + 3), start, MOMENT, FULL)
     s_at = m_at
     if WAY:
-        s_at = _base(tl.load(row + 14), start, START, FULL)
+        s_at = _base(tl.load(row + 14), start, LAST, FULL)
     a_at, b_at = m_at, m_at
     if N_SLOW > 0:
         a_at = _base(tl.load(row + 5), start, SLOWKIND, FULL)
@@ -242,7 +241,6 @@ def pass_kernel(
     MEASURE: tl.constexpr,
     UPDATE: tl.constexpr,
     WAY: tl.constexpr,
-    START: tl.constexpr,
     CHUNK: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -253,7 +251,7 @@ def pass_kernel(
         rows: int64 ``(tensors, ROW)``: addresses of parameter, momentum, second moment, largest
             second moment, last gradient, two slow momenta and trace; elements, the tensor's first
             span here, its first sums, how many spans, its group, all addresses or-ed, and the
-            address of where the parameter began (with WAY).
+            address of where the parameter began, kept as the last gradient is (with WAY).
         addresses: int64, of gradients.
         orders: float64 ``(tensors, ORDER)``, see :func:`.learned_networks.inputs_kernel`.
         multipliers: float64 ``(groups,)``.
@@ -272,12 +270,12 @@ def pass_kernel(
     if (left % CHUNK == 0) & (((tl.load(row + 13) | g_address) & 15) == 0):
         _span(
             row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, LAST,
-            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, WAY, START, CHUNK, True,
+            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, WAY, CHUNK, True,
         )  # fmt: skip
     else:
         _span(
             row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, LAST,
-            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, WAY, START, CHUNK, False,
+            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, WAY, CHUNK, False,
         )  # fmt: skip
 
 

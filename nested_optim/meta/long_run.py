@@ -77,11 +77,6 @@ def size(first: Mapping[str, Any]) -> int:
     return _STATISTICS + learned.size(first, "controller")
 
 
-def kept_dtype(param: Tensor) -> torch.dtype:
-    """Of ``initial_param``: any place near the start will do, so that 8 bits are enough."""
-    return torch.bfloat16 if param.dtype == torch.float32 else param.dtype
-
-
 def ensure(first: dict[str, Any]) -> None:
     """Make the tensor beside the controller's, where there is none."""
     if first["long_run"] is None:
