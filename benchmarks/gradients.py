@@ -104,7 +104,6 @@ def capture(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
     graph = torch.cuda.CUDAGraph()
     # On a stream of its own: libraries keep a workspace per stream, and graphs that were captured
     # on the same one would share it when they are replayed side by side.
-    with torch.cuda.device(device):
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-            found = work()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        found = work()
     return graph.replay, found

@@ -62,6 +62,7 @@ class LearnedOptions(_Strict):
     mode: Literal["simple", "explicit"] = "simple"
     meta_update_freq: _Count = 100
     meta_rule: Literal["cosine", "adam"] | None = None
+    horizon: Literal["step", "run"] | None = None
     unroll: Literal["exact", "stepwise", "first_order"] = "exact"
     min_lr_mult: _Number = Field(0.01, gt=0, lt=1)
     max_lr_mult: _Number = Field(100.0, gt=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ from .deep_nested_fused import FusedLearning
 from .deep_nested_steps import apply
 from .fused import FusedSteps, Work
 from .memory_argument import MemoryT
-from .meta import learned, options, simple
-from .meta import unroll as unrolled
+from .meta import learned, long_run, options, simple
+from .meta.explicit import ExplicitUpdates
 from .meta.features import clip_factor
 from .meta.report import Report, as_loss
 from .meta.rest import Rest
@@ -28,7 +28,7 @@ from .step_hooks import outside_autocast
 from .tensors import is_dtensor
 
 
-class DeepNestedOptimizer(Report, NestedOptimizer):
+class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
     r"""AdamW whose step size and momenta are learned while it trains.
 
     Three learned parts, each with a switch of its own, change AdamW's update of a tensor:
@@ -59,8 +59,9 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     When it helps: where the learning rate is too small. It cannot undo what steps at a rate that is
     much too large have done, the first of which is AdamW's. It does not replace a search where that
-    is cheap: simple mode looks one step ahead, and what is best for the next step is known to be
-    less than best for a run (short-horizon bias, Wu et al. 2018), so multipliers fall as loss does.
+    is cheap. What is best for the next step is known to be less than best for a run (short-horizon
+    bias, Wu et al. 2018); so simple mode also looks back at the way from where training began
+    (``horizon``).
 
     Args:
         params_or_model (iterable or Module): parameters, ``(name, parameter)`` pairs, groups; or a
@@ -90,6 +91,13 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             little from gradients that are mostly noise. ``"adam"`` is Adam on the mean, which makes
             as much of weak evidence as of strong. ``mode="explicit"`` has ``"adam"`` only
             (default: None, ``"cosine"`` where there is a choice).
+        horizon (str): ``"run"`` teaches the controller by the whole way, too: by the cosine of each
+            fifth gradient with the way that parameters have come, which is the derivative of the
+            loss by that way's length. Where this and what the next losses say disagree, the latter
+            count for the less the surer the former is; so multipliers fall where nothing is gained
+            any more, and not before. It takes a tensor ``initial_param``, 2 bytes per
+            parameter in float32. ``"step"`` goes by the next losses alone (default: None, ``"run"``
+            with ``meta_rule="cosine"``, which it needs beside ``learn_lr``).
         unroll (str): ``"exact"``, ``"stepwise"`` (the same in less memory) or ``"first_order"``
             (cheaper, biased), see :mod:`nested_optim.meta.unroll` (default: ``"exact"``).
         use_gradient_checkpointing (bool): another word for ``unroll="stepwise"``.
@@ -126,11 +134,12 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     State, beside NestedOptimizer's: ``exp_avg_slow1``, ... for slow momenta; in simple mode
     ``previous_grad`` (bfloat16 where moments are float32: only learning reads it, and only in
-    products) and ``update_trace`` (18 numbers). In ``param_groups[0]``: flat float32
+    products), ``update_trace`` (18 numbers) and, with ``horizon="run"``, ``initial_param``
+    (of the same dtype). In ``param_groups[0]``: flat float32
     tensors ``<part>_weights``, ``_exp_avg``, ``_exp_avg_sq`` and ``_grad`` (gathered since the last
-    meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``global_step`` and
-    ``meta_updates``. Saving anywhere and going on is bit for bit the same. Batches kept for the
-    unroll, the model and the loss function are not saved.
+    meta update) of the parts ``controller``, ``momentum`` and ``mixing``; ``long_run``;
+    ``global_step`` and ``meta_updates``. Saving anywhere and going on is bit for bit the same.
+    Batches kept for the unroll, the model and the loss function are not saved.
 
     Raises:
         ValueError: an option's value or name is invalid, or a parameter is in two groups.
@@ -161,6 +170,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         mode: str = "simple",
         meta_update_freq: int = 100,
         meta_rule: str | None = None,
+        horizon: str | None = None,
         unroll: str = "exact",
         use_gradient_checkpointing: bool = False,
         min_lr_mult: float = 0.01,
@@ -219,6 +229,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             "mode": mode,
             "meta_update_freq": meta_update_freq,
             "meta_rule": meta_rule,
+            "horizon": horizon,
             "unroll": options.unroll_of(unroll, use_gradient_checkpointing),
             "min_lr_mult": min_lr_mult,
             "max_lr_mult": max_lr_mult,
@@ -244,10 +255,6 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
 
     _wide_keys = (*NestedOptimizer._wide_keys, *options.SLOW_KEYS)
     _learned_keys = learned.KEYS
-
-    #: The model that :meth:`meta_update` unrolls, and its loss; not saved with the state.
-    model: nn.Module | None
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None
 
     def _start_transients(self) -> None:
         """What lives from one step to the next for convenience only, and is not saved."""
@@ -295,6 +302,7 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
                     "leave it at None"
                 )
         options.check_rule(group, where)
+        options.check_horizon(group, where)
         if group is first:
             learned.check_sizes(first, where)
 
@@ -363,11 +371,20 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
             if key not in state:
                 state[key] = empty(dtype=self._window_dtype(param, group))
         if self._traces(group) and "update_trace" not in state:
-            state["previous_grad"] = empty(dtype=self._kept_grad_dtype(param, group))
+            state["previous_grad"] = empty(dtype=self._kept_dtype(param, group))
             state["update_trace"] = simple.empty_trace(param)
+        if self._looks_back(group) and "initial_param" not in state:
+            long_run.ensure(self.param_groups[0])
+            began = empty(dtype=self._kept_dtype(param, group))
+            state["initial_param"] = began.copy_(param.detach())
 
-    def _kept_grad_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
-        """Of ``previous_grad``: products are all that is made of it, so 8 bits of it are enough."""
+    def _looks_back(self, group: dict[str, Any]) -> bool:
+        """Whether the way from where a parameter began is looked at."""
+        return long_run.is_on(group)
+
+    def _kept_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Of ``previous_grad`` and ``initial_param``: 8 bits are enough for products, and for a
+        place near the start."""
         dtype = self._state_dtype(param, group)
         return torch.bfloat16 if dtype == torch.float32 else dtype
 
@@ -378,16 +395,13 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
     def _state_shape(
         self, param: Tensor, group: dict[str, Any], key: str
     ) -> tuple[int, ...] | None:
-        same = key == "previous_grad"
+        same = key in ("previous_grad", "initial_param")
         return tuple(param.shape) if same else super()._state_shape(param, group, key)
 
     def _load_tensor(self, param: Tensor, group: dict[str, Any], key: str, value: Any) -> Any:
-        if key == "previous_grad":
-            return (
-                super()
-                ._load_tensor(param, group, key, value)
-                .to(self._kept_grad_dtype(param, group))
-            )
+        if key in ("previous_grad", "initial_param"):
+            dtype = self._kept_dtype(param, group)
+            return super()._load_tensor(param, group, key, value).to(dtype)
         if key != "update_trace":
             return super()._load_tensor(param, group, key, value)
         value = simple.longer(value, group["betas"])
@@ -510,96 +524,39 @@ class DeepNestedOptimizer(Report, NestedOptimizer):
         asked = all(options.wants_kernels(group) for group, _, _ in due)
         asked = asked and bool(due) and kernels.available(first["params"][0].device)
         plan = self._learning.find(self, due) if asked else None
+        looks_back = learns and self._looks_back(first)
+        look = long_run.look(first, self.state, due) if looks_back else None
         if plan is not None:
             plan.begin(self, due)
             if update_of_networks:
-                plan.learn_alone(first)
+                plan.learn_alone(first, look)
         elif learns and due:
             grads, length = simple.hypergradients(first, self.state, due, self._slow_keys(first))
             learned.gather(first, grads, length if first["meta_rule"] == "cosine" else None)
+            if look is not None:
+                sums = [long_run.measure(first, self.state, due[at]) for at in look.at]
+                long_run.learn(first, look, [one.group for one in due], torch.stack(sums))
         if counted:
             first["global_step"] += 1
         if update_of_networks:
-            self.controller_grad_norm = learned.meta_step(
-                first, first["meta_update_freq"], first["meta_rule"]
-            )
-            self.last_meta_loss = None if self._loss is None else self._loss.clone()
+            self._update_networks(first)
         if plan is not None:
             # Weights do not change between, so what this gradient teaches may be gathered late.
-            self._inputs.update(plan.update(first, learn=learns and not update_of_networks))
+            late = learns and not update_of_networks
+            self._inputs.update(plan.update(first, learn=late, look=look if late else None))
         elif due:
             flats = learned.weights(first)
             for one in due:
                 apply(self, one, flats)
 
+    def _update_networks(self, first: dict[str, Any]) -> None:
+        if self._looks_back(first) and first["long_run"] is not None:
+            long_run.join(first)
+        self.controller_grad_norm = learned.meta_step(
+            first, first["meta_update_freq"], first["meta_rule"]
+        )
+        self.last_meta_loss = None if self._loss is None else self._loss.clone()
+
     def _place(self, group: dict[str, Any]) -> tuple[int, float]:
         at = next(i for i, g in enumerate(self.param_groups) if g is group)
         return at, at / max(1, len(self.param_groups) - 1)
-
-    # ------------------------------------------------------------------ explicit meta updates
-
-    def observe_batch(self, batch: Any) -> None:
-        """Keep a training batch for :meth:`meta_update`; the last ``k_unroll`` are kept.
-
-        They are held as they are and not saved with the state: after resuming, meta updates by
-        ``val_batch_fn`` begin when as many have come again.
-        """
-        self._batches.append(batch)
-        while len(self._batches) > self.param_groups[0]["k_unroll"]:
-            self._batches.popleft()
-
-    def _scheduled_meta_update(self, val_batch_fn: Callable[[], Any]) -> None:
-        # Fewer batches than an unroll needs are on their way: at the start, and after resuming.
-        if not 0 < len(self._batches) < self.param_groups[0]["k_unroll"]:
-            self.meta_update(val_batch_fn())
-
-    @torch._disable_dynamo
-    def meta_update(
-        self,
-        val_batch: Any,
-        train_batches: Iterable[Any] | None = None,
-        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    ) -> Tensor:
-        """Unroll real steps, and descend on the validation loss after them in all learned weights.
-
-        Steps of this optimizer are taken on copies, one per training batch, from where training
-        stands. Parameters, gradients, optimizer state, buffers and random number generators are
-        left as they are. See :mod:`nested_optim.meta.unroll` for what a model must bear.
-
-        Args:
-            val_batch: what the loss after the steps is taken of.
-            train_batches: a batch per step; None takes those of :meth:`observe_batch`, of which
-                there must be ``k_unroll``.
-            loss_fn: ``loss_fn(model, batch)`` gives a loss; None takes the constructor's, or
-                without one the ``loss`` of what the model returns.
-
-        Returns:
-            The validation loss after the steps, 0-d.
-
-        Raises:
-            RuntimeError: there is no model, there are too few batches, or the model or its loss
-                cannot be unrolled. Nothing has changed.
-        """
-        first = self.param_groups[0]
-        if first["mode"] != "explicit":
-            raise RuntimeError(
-                "meta_update() is for mode='explicit'; in mode='simple' the optimizer learns in "
-                "step()"
-            )
-        batches = list(self._batches if train_batches is None else train_batches)
-        if train_batches is None and len(batches) < first["k_unroll"]:
-            raise RuntimeError(
-                f"meta_update() unrolls {first['k_unroll']} steps, but {len(batches)} batches have "
-                "been seen: call observe_batch() at each step, or pass train_batches="
-            )
-        if not learned.modules(first):
-            raise RuntimeError(
-                "there is nothing to learn: switch learn_lr, learn_momentum or learn_mixing on"
-            )
-        loss, grads = unrolled.meta_gradient(
-            self, val_batch, batches, loss_fn or self.loss_fn, first["unroll"]
-        )
-        learned.gather(first, grads)
-        self.controller_grad_norm = learned.meta_step(first, 1, "adam")
-        self.last_meta_loss = loss
-        return loss

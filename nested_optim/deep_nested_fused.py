@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.optim.optimizer import _get_value
 
 from . import kernels
-from .meta import learned, networks, options
+from .meta import learned, long_run, networks, options
 from .meta.features import GROUP_FEATURES, TENSOR_FEATURES
+from .meta.long_run import Look
 from .meta.momentum import LIMITS, PACES
 from .meta.simple import Due
 from .nested import _count
@@ -39,13 +40,14 @@ _dtype, _pointer = attrgetter("dtype"), Tensor.data_ptr
 
 
 def _state_keys(group: dict[str, Any], slow_keys: Sequence[str]) -> tuple[str, ...]:
-    """Where a parameter's state keeps what the pass goes over: the last gradient, moments, then
-    slow momenta."""
+    """Where a parameter's state keeps what the pass goes over: the last gradient and where it
+    began, moments, then slow momenta."""
     moments = ["exp_avg"]
     if group["normalize"]:
         moments.append("exp_avg_sq")
         moments += ["max_exp_avg_sq"] if group["amsgrad"] else []
-    return ("previous_grad", *moments, *slow_keys)
+    began = ("initial_param",) if long_run.is_on(group) else ()
+    return ("previous_grad", *began, *moments, *slow_keys)
 
 
 def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
@@ -67,6 +69,7 @@ def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
     traces = set()
     for group, params, grads in dues:
         keys = _state_keys(group, slow_keys)
+        n_kept = 1 + ("initial_param" in keys)
         for param, grad in zip(params, grads):
             state = optimizer.state[param]
             if not state.keys() >= {"update_trace", *keys} or _get_value(state["step"]) < 1:
@@ -81,7 +84,8 @@ def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
                 or any(t.device != device for t in (param, grad, state["update_trace"], *tensors))
                 or any(t.dtype not in kernels.DTYPES for t in (param, grad, *tensors))
                 or any(t.stride() != dense for t in (param, *tensors))
-                or len(set(map(_dtype, tensors[1:n_moments]))) > 1
+                or len(set(map(_dtype, tensors[:n_kept]))) > 1
+                or len(set(map(_dtype, tensors[n_kept:n_moments]))) > 1
                 or len(set(map(_dtype, tensors[n_moments:]))) > 1
             ):
                 return False
@@ -145,22 +149,29 @@ class _Plan:
         self.first_span = [0] * count
         self.launches = [_Launch(self, at, kinds) for kinds, at in split.items()]
 
-        rows, n_spans = array("q"), 0
+        rows, bounds, n_spans = array("q"), array("q"), 0
+        begins = set(self.starts[:-1])
         group_of = [d for d, size in enumerate(sizes) for _ in range(size)]
         for i, (param, state) in enumerate(zip(self.params, states)):
             columns = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "previous_grad", *self.slow_keys]
             own = [param, *(state[key] if key in keys else None for key in columns)]
             addresses = [0 if t is None else t.data_ptr() for t in own]
             addresses += [0] * (7 - len(addresses))
-            merged = 0
+            began = state["initial_param"].data_ptr() if "initial_param" in keys else 0
+            merged = began
             for address in addresses:
                 merged |= address
             spans = -(-param.numel() // SPAN)
             numbers = [param.numel(), self.first_span[i], n_spans, spans, group_of[i], merged]
+            numbers.append(began)
+            if i in begins:
+                bounds.append(n_spans)
             row = [*addresses, traces[i].data_ptr(), *numbers]
             rows.extend(row + [0] * (ROW - len(row)))
             n_spans += spans
+        bounds.append(n_spans)
         self.rows = _upload(torch.frombuffer(rows, dtype=torch.int64), self.device)
+        self.bounds = _upload(torch.frombuffer(bounds, dtype=torch.int64), self.device)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -174,6 +185,7 @@ class _Plan:
         self.orders = empty(count, ORDER)
         self.sums = empty(n_spans, SUMS)
         self.lengths = empty(count, 2)
+        self.ways = empty(n_groups, 3)
         self.modules = learned.modules(first)
         self.total = sum(first[f"{module}_weights"].numel() for module in self.modules)
         self.found = empty(min(count, _PROGRAMS), self.total)
@@ -226,23 +238,29 @@ class _Plan:
 
     # ------------------------------------------------------------------ launches
 
-    def learn_alone(self, first: dict[str, Any]) -> None:
+    def learn_alone(self, first: dict[str, Any], look: Look | None) -> None:
         """Gather what the gradients teach, for a meta update before the update."""
-        self._launch(first, learn=True, update=False)
+        self._launch(first, learn=True, update=False, look=look)
 
-    def update(self, first: dict[str, Any], *, learn: bool) -> dict[int, Inputs]:
+    def update(
+        self, first: dict[str, Any], *, learn: bool, look: Look | None = None
+    ) -> dict[int, Inputs]:
         """Update, and gather on the way; of each group's place, what the networks said."""
-        self._launch(first, learn=learn, update=True)
+        self._launch(first, learn=learn, update=True, look=look)
         self._count()  # the device works already
         self._held = []
         return self._said()
 
-    def _launch(self, first: dict[str, Any], *, learn: bool, update: bool) -> None:
+    def _launch(
+        self, first: dict[str, Any], *, learn: bool, update: bool, look: Look | None
+    ) -> None:
         networks_ = self._networks(first)
         with kernels.on(self.device):
             self._inputs(*networks_)
-            self._run(first, measure=learn, update=update)
+            self._run(first, measure=learn, update=update, way=look is not None)
             self._learn(first, *networks_, learn=learn, keep=update)
+            if look is not None:
+                self._look_back(first, look)
 
     def begin(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> None:
         """Bring gradients' addresses, counts and options to the device."""
@@ -336,19 +354,27 @@ class _Plan:
         kind = self.device, constants, kernels.aligned(steps), tuple(map(kernels.aligned, flats))
         source.launch_inputs(kind, (n_groups + count, 1, 1), args)
 
-    def _run(self, first: dict[str, Any], *, measure: bool, update: bool) -> None:
+    def _run(self, first: dict[str, Any], *, measure: bool, update: bool, way: bool) -> None:
         """The pass over all tensors: products with the update before, the update, or both."""
         from .kernels import learned_adamw as source
 
         amsgrad = first["normalize"] and self.groups[0]["amsgrad"]
         for launch in self.launches:
             flags = len(self.slow_keys), first["normalize"], amsgrad, measure, update
-            constants = *launch.kinds, *flags, source.CHUNK, source.SPAN
+            constants = *launch.kinds, *flags, way, source.CHUNK, source.SPAN
             args = (
                 launch.spans, self.rows, self.upload, self.orders, self.multipliers, self.sums,
                 *constants,
             )  # fmt: skip
             source.launch_pass((self.device, constants), (launch.count, 1, 1), args)
+
+    def _look_back(self, first: dict[str, Any], look: Look) -> None:
+        from .kernels import learned_adamw as source
+
+        args = self.sums, self.bounds, self.ways, 1024
+        source.launch_way((self.device, 1024), (len(self.groups), 1, 1), args)
+        ways = torch.stack([self.ways[at] for at in look.at])
+        long_run.learn(first, look, self.groups, ways.to(look.features))
 
     def _learn(
         self,

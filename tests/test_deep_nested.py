@@ -140,15 +140,19 @@ def keys_of(optimizer):
 def test_parts_that_are_off_have_no_tensors():
     base = {"step", "window_count", "exp_avg"}
     trace = {"previous_grad", "update_trace"}
+    began = {"initial_param"}
     slow = {"exp_avg_slow1", "exp_avg_slow2"}
     cases = [
         (OFF, base | {"exp_avg_sq"}),
         ({**OFF, "normalize": False}, base),
-        ({}, base | {"exp_avg_sq"} | trace | slow),
-        ({"learn_mixing": False}, base | {"exp_avg_sq"} | trace),
-        ({"cms_frequencies": (1,)}, base | {"exp_avg_sq"} | trace),
+        ({}, base | {"exp_avg_sq"} | trace | began | slow),
+        ({"horizon": "step"}, base | {"exp_avg_sq"} | trace | slow),
+        ({"meta_rule": "adam"}, base | {"exp_avg_sq"} | trace | slow),
+        ({"learn_lr": False}, base | {"exp_avg_sq"} | trace | slow),
+        ({"learn_mixing": False}, base | {"exp_avg_sq"} | trace | began),
+        ({"cms_frequencies": (1,)}, base | {"exp_avg_sq"} | trace | began),
         ({"mode": "explicit"}, base | {"exp_avg_sq"} | slow),
-        ({**OFF, "learn_lr": True, "normalize": False}, base | trace),
+        ({**OFF, "learn_lr": True, "normalize": False}, base | trace | began),
     ]
     for options, expected in cases:
         params = make_params(*SHAPES)
@@ -158,15 +162,18 @@ def test_parts_that_are_off_have_no_tensors():
         first = optimizer.param_groups[0]
         tensors = {m for m in learned.SWITCHES if first[f"{m}_weights"] is not None}
         assert tensors == set(learned.modules(first)), options
+        assert (first["long_run"] is not None) == (began <= expected), options
+        tensors.add("long")
         assert all(first[k] is None for k in learned.KEYS[:-2] if k.split("_")[0] not in tensors)
 
 
-def test_one_momentum_costs_ten_bytes_per_parameter():
+@pytest.mark.parametrize("horizon, count", [("run", 12), ("step", 10)])
+def test_one_momentum_costs_twelve_bytes_per_parameter(horizon, count):
     params = make_params((1000, 100))
-    optimizer = DeepNestedOptimizer(params, cms_frequencies=(1,))
+    optimizer = DeepNestedOptimizer(params, cms_frequencies=(1,), horizon=horizon)
     train(optimizer, params, [0, 1])
     held = sum(t.numel() * t.element_size() for t in optimizer.state[params[0]].values())
-    assert held <= 10 * params[0].numel() + 100
+    assert held <= count * params[0].numel() + 100
 
 
 # -------------------------------------------------------------------- use
@@ -400,7 +407,7 @@ def test_saturation_is_counted_and_does_not_come_from_the_start():
             )
             optimizer.step()
         assert optimizer.metrics()["saturated"] == 0.0
-        assert 0.8 < float(optimizer.get_lr_multipliers()) < 1.25
+        assert 0.3 < float(optimizer.get_lr_multipliers()) < 3
     weights = optimizer.param_groups[0]["controller_weights"]
     weights[-1] += 1e3  # the bias of its output
     train(optimizer, params, [9])

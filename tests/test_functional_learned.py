@@ -80,7 +80,7 @@ def assert_equal(params, held, state, optimizer):
         assert torch.equal(params[name], p.detach()), name
         theirs, ours = optimizer.state[p], state.leaves[name]
         assert ours.keys() - theirs.keys() <= {"update_sizes"}
-        assert theirs.keys() - ours.keys() <= {"previous_grad", "update_trace"}
+        assert theirs.keys() - ours.keys() <= {"previous_grad", "update_trace", "initial_param"}
         shared = ours.keys() & theirs.keys()
         for key in shared - ({"window_sum"} if not theirs["window_count"] else set()):
             assert torch.equal(ours[key], theirs[key]), (name, key)

@@ -217,16 +217,17 @@ def test_m3s_passes_compile_to_accesses_of_16_bytes(dtypes, slow, on_device, mon
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(
-    "dtypes, slow, measure, update",
+    "dtypes, slow, measure, update, way",
     [
-        ((F32, F32, F32, BF16, F32), 0, True, True),
-        ((BF16, BF16, F32, BF16, F32), 2, True, True),
-        ((F32, F32, F32, BF16, F32), 1, True, False),
-        ((F64, F64, F64, F64, F64), 2, False, True),
+        ((F32, F32, F32, BF16, F32), 0, True, True, False),
+        ((F32, F32, F32, BF16, F32), 0, True, True, True),
+        ((BF16, BF16, F32, BF16, F32), 2, True, True, True),
+        ((F32, F32, F32, BF16, F32), 1, True, False, True),
+        ((F64, F64, F64, F64, F64), 2, False, True, False),
     ],
 )
 def test_the_learned_pass_compiles_to_accesses_of_16_bytes(
-    dtypes, slow, measure, update, monkeypatch
+    dtypes, slow, measure, update, way, monkeypatch
 ):
     module = without_interpreter("nested_optim.kernels.learned_adamw", monkeypatch)
     wide = F64 if F64 in dtypes else F32
@@ -235,16 +236,24 @@ def test_the_learned_pass_compiles_to_accesses_of_16_bytes(
     roles = zip(("PARAM", "GRAD", "MOMENT", "LAST", "SLOWKIND", "WIDE"), (*dtypes, wide))
     constants = {role: module.KINDS[dtype] for role, dtype in roles}
     constants |= {"N_SLOW": slow, "NORMALIZE": True, "AMSGRAD": False}
-    constants |= {"MEASURE": measure, "UPDATE": update}
+    constants |= {"MEASURE": measure, "UPDATE": update, "WAY": way}
     constants |= {"CHUNK": module.CHUNK, "SPAN": module.SPAN}
     lines = lines_of_ptx(module.pass_kernel, kinds, constants, module.NUM_WARPS)
     # Both moments and slow ones; parameter and gradient, and the last gradient, read or written, of
     # which a thread has 8 bytes where they are narrow.
     own, last = dtypes[0] != BF16, dtypes[3] != BF16
-    loads, stores = 2 + slow + measure * last + 2 * own, 2 + slow + last + own
+    loads, stores = 2 + slow + (measure + way) * last + 2 * own, 2 + slow + last + own
     for access, least in (("ld.global", loads), ("st.global", stores * update)):
         found = [x for x in lines if access in x and (".v4." in x or ".v2.b64" in x)]
         assert len(found) >= least
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_sums_over_ways_compile(monkeypatch):
+    module = without_interpreter("nested_optim.kernels.learned_adamw", monkeypatch)
+    kinds = {"sums": "*fp64", "bounds": "*i64", "found": "*fp64"}
+    lines = lines_of_ptx(module.way_kernel, kinds, {"BLOCK": 1024}, 4)
+    assert sum("st.global" in line for line in lines) == 3
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

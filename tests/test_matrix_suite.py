@@ -82,13 +82,21 @@ def test_the_command_writes_ratios_and_accuracies(tmp_path):
     assert "Newton-Schulz alone" in result.output
 
 
-def test_small_matrices_have_a_file_of_their_own(tmp_path):
+def test_small_matrices_have_a_file_of_their_own(tmp_path, monkeypatch):
+    """What is measured of them is in the test before."""
+    found = []
+    monkeypatch.setattr(suite, "check", lambda device: {})
+    monkeypatch.setattr(suite, "spectra", lambda size, device: {})
+    for name in ("measure_forms", "measure_steps"):
+        monkeypatch.setattr(suite, name, lambda shapes, *_: found.append(shapes) or {})
+    monkeypatch.setattr(suite, "tables", lambda models: [])
     arguments = ["--small", "--seconds", "0", "--device", "cpu", "--model", "gpt2"]
     result = CliRunner().invoke(suite.matrices, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     [written] = tmp_path.iterdir()
     assert written.name.startswith("matrices-") and written.name.endswith("-small.json")
     assert json.loads(written.read_text())["models"]["gpt2"]["matrices"] == 9
+    assert found == 2 * [suite.matrix_shapes("gpt2", True)]
 
 
 def test_a_device_that_is_not_there_is_refused():

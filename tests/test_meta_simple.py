@@ -356,7 +356,9 @@ def test_what_the_cosine_rule_gathers_does_not_depend_on_the_scale_of_the_loss()
 def test_the_cosine_rule_descends_on_the_sum_no_further_than_it_trusts(far):
     model = Net()
     rate = 1.0 if far else 1e-5
-    optimizer = DeepNestedOptimizer(two_groups(model), lr=0.05, meta_update_freq=6, meta_lr=rate)
+    optimizer = DeepNestedOptimizer(
+        two_groups(model), lr=0.05, meta_update_freq=6, meta_lr=rate, horizon="step"
+    )
     for i in range(5):
         step_on(optimizer, model, batch(i))
     first = optimizer.param_groups[0]
@@ -438,6 +440,9 @@ def test_a_mode_edited_to_one_without_the_meta_rule_is_refused_before_a_step():
     with pytest.raises(ValueError, match="Invalid mode: 'other'"):
         step_on(optimizer, model, batch(1))
     optimizer.param_groups[0].update(mode="explicit", meta_rule="adam")
+    with pytest.raises(ValueError, match="horizon='run' is for meta_rule='cosine'"):
+        step_on(optimizer, model, batch(1))
+    optimizer.param_groups[0]["horizon"] = "step"
     step_on(optimizer, model, batch(1))
 
 
@@ -456,7 +461,8 @@ def test_learning_follows_the_loss_where_the_learning_rate_is_too_small():
 
 def test_learning_follows_the_loss_where_the_learning_rate_is_too_large():
     model = Net(torch.float32)
-    optimizer = DeepNestedOptimizer(model, lr=0.5, meta_lr=0.01, meta_update_freq=5)
+    # The way from the start, far out after the first steps, is another matter.
+    optimizer = DeepNestedOptimizer(model, lr=0.5, meta_lr=0.01, meta_update_freq=5, horizon="step")
     for i in range(150):
         step_on(optimizer, model, batch(i % 20, torch.float32))
     assert float(optimizer.get_lr_multipliers()[0]) < 0.5

@@ -257,6 +257,9 @@ METHODS = {
         tuple({"rate": r} for r in (0.01, 0.03, 0.1, 0.3)),
     ),
     "deep_default": Method("DeepNestedOptimizer, defaults", _learned),
+    "deep_step": Method(
+        "... horizon='step': by the next losses alone", _learned, ({"horizon": "step"},)
+    ),
     "deep_layers": Method("... a group per layer", _learned, ({"groups": "layers"},)),
     "deep_lr": Method("... multipliers only", _learned, (_MULTIPLIERS,)),
     # What the default has beside multipliers, one at a time.

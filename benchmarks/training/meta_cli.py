@@ -43,6 +43,7 @@ COLOURS = (
     "#7F3C8D",
     "#8C510A",
     "#80B1D3",
+    "#666600",
 )
 QUICK_STEPS, QUICK_METHODS = 30, ("adamw", "deep_default")
 #: Whose recorded multipliers are drawn. Prodigy's are rates.

@@ -86,6 +86,7 @@ def _span(
     AMSGRAD: tl.constexpr,
     MEASURE: tl.constexpr,
     UPDATE: tl.constexpr,
+    WAY: tl.constexpr,
     CHUNK: tl.constexpr,
     FULL: tl.constexpr,
 ):
@@ -99,6 +100,9 @@ def _span(
         v_at = _base(tl.load(row + 2), start, MOMENT, FULL)
     if AMSGRAD:
         x_at = _base(tl.load(row + 3), start, MOMENT, FULL)
+    s_at = m_at
+    if WAY:
+        s_at = _base(tl.load(row + 14), start, LAST, FULL)
     a_at, b_at = m_at, m_at
     if N_SLOW > 0:
         a_at = _base(tl.load(row + 5), start, SLOWKIND, FULL)
@@ -129,6 +133,7 @@ def _span(
     zero = tl.zeros([CHUNK // 4], WIDE)
     g_p, g_g, g_m, m_m, p_p = zero, zero, zero, zero, zero
     h_m, h_l, h_a, h_b, d_d = zero, zero, zero, zero, zero
+    g_w, w_w = zero, zero
     for at in range(0, left, CHUNK):
         here = at + lanes
         mask = here < left
@@ -148,6 +153,10 @@ def _span(
         g_m += _folded(g * m, CHUNK)
         m_m += _folded(m * m, CHUNK)
         p_p += _folded(p * p, CHUNK)
+        if WAY:
+            gone = p - _read(s_at + here, mask, WIDE, FULL)
+            g_w += _folded(g * gone, CHUNK)
+            w_w += _folded(gone * gone, CHUNK)
         if MEASURE:
             last = _read(l_at + here, mask, WIDE, FULL)
             h, direction = g, m
@@ -207,6 +216,9 @@ def _span(
             tl.store(sums + 8, tl.sum(h_a.to(kind)))
         if N_SLOW > 1:
             tl.store(sums + 9, tl.sum(h_b.to(kind)))
+    if WAY:
+        tl.store(sums + 10, tl.sum(g_w.to(kind)))
+        tl.store(sums + 11, tl.sum(w_w.to(kind)))
 
 
 @triton.jit
@@ -228,6 +240,7 @@ def pass_kernel(
     AMSGRAD: tl.constexpr,
     MEASURE: tl.constexpr,
     UPDATE: tl.constexpr,
+    WAY: tl.constexpr,
     CHUNK: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -237,7 +250,8 @@ def pass_kernel(
         spans: int32 ``(programs,)``, which tensor; a tensor's follow each other.
         rows: int64 ``(tensors, ROW)``: addresses of parameter, momentum, second moment, largest
             second moment, last gradient, two slow momenta and trace; elements, the tensor's first
-            span here, its first sums, how many spans, its group, all addresses or-ed.
+            span here, its first sums, how many spans, its group, all addresses or-ed, and the
+            address of where the parameter began, kept as the last gradient is (with WAY).
         addresses: int64, of gradients.
         orders: float64 ``(tensors, ORDER)``, see :func:`.learned_networks.inputs_kernel`.
         multipliers: float64 ``(groups,)``.
@@ -256,13 +270,41 @@ def pass_kernel(
     if (left % CHUNK == 0) & (((tl.load(row + 13) | g_address) & 15) == 0):
         _span(
             row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, LAST,
-            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, CHUNK, True,
+            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, WAY, CHUNK, True,
         )  # fmt: skip
     else:
         _span(
             row, order, g_address, multiplier, sums, start, left, PARAM, GRAD, MOMENT, LAST,
-            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, CHUNK, False,
+            SLOWKIND, WIDE, N_SLOW, NORMALIZE, AMSGRAD, MEASURE, UPDATE, WAY, CHUNK, False,
         )  # fmt: skip
 
 
+@triton.jit
+def way_kernel(sums, bounds, found, BLOCK: tl.constexpr):
+    """What a group's gradients say of the way that its parameters have come.
+
+    Args:
+        sums: float64 ``(spans, SUMS)``, as :func:`pass_kernel` left them.
+        bounds: int64 ``(groups + 1,)``, where each group's sums begin.
+        found: float64 ``(groups, 3)``, written here: the product of gradient and way, and the
+            squared lengths of both.
+    """
+    pid = tl.program_id(0)
+    end = tl.load(bounds + pid + 1)
+    lanes = tl.arange(0, BLOCK)
+    g_w = tl.zeros([BLOCK], tl.float64)
+    g_g = tl.zeros([BLOCK], tl.float64)
+    w_w = tl.zeros([BLOCK], tl.float64)
+    for at in range(tl.load(bounds + pid), end, BLOCK):
+        row = sums + (at + lanes) * 16
+        known = at + lanes < end
+        g_g += tl.load(row, mask=known, other=0.0)
+        g_w += tl.load(row + 10, mask=known, other=0.0)
+        w_w += tl.load(row + 11, mask=known, other=0.0)
+    tl.store(found + pid * 3, tl.sum(g_w))
+    tl.store(found + pid * 3 + 1, tl.sum(g_g))
+    tl.store(found + pid * 3 + 2, tl.sum(w_w))
+
+
 launch_pass = Launcher(pass_kernel, num_warps=NUM_WARPS)
+launch_way = Launcher(way_kernel)

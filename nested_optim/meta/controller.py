@@ -47,8 +47,15 @@ def multipliers(
     Returns:
         ``(rows,)``.
     """
+    return torch.exp(log_multipliers(weights, features, hidden, layers, low, high))
+
+
+def log_multipliers(
+    weights: Tensor, features: Tensor, hidden: int, layers: int, low: float, high: float
+) -> Tensor:
+    """The logarithms of :func:`multipliers`."""
     out = networks.mlp(weights, features, hidden, 1, layers).squeeze(-1)
-    return torch.exp(networks.bounded(out, math.log(low), math.log(high)))
+    return networks.bounded(out, math.log(low), math.log(high))
 
 
 class NestedController(nn.Module):

@@ -25,6 +25,7 @@ PARTS = ("weights", "exp_avg", "exp_avg_sq", "grad")
 #: Entries of the first group that training changes.
 KEYS = (
     *(f"{module}_{part}" for module in SWITCHES for part in PARTS),
+    "long_run",
     "global_step",
     "meta_updates",
 )

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ..names import find_parameters
 from ..optimizer import ParamsT
 from ..param_groups import group_titans_params
-from . import learned
+from . import learned, long_run
 from .continuum import check_frequencies
 from .controller import check_count, check_range
 
 MODES = ("simple", "explicit")
 #: How learned weights follow their gradients. There is no angle to the gradient of an unroll.
 META_RULES = {"simple": ("cosine", "adam"), "explicit": ("adam",)}
+HORIZONS = ("step", "run")
 UNROLLS = ("exact", "stepwise", "first_order")
 #: How many momenta a parameter may have.
 MAX_MOMENTA = 8
@@ -38,6 +39,7 @@ SHARED = (
     "mode",
     "meta_update_freq",
     "meta_rule",
+    "horizon",
     "unroll",
     "min_lr_mult",
     "max_lr_mult",
@@ -85,6 +87,12 @@ def check(options: dict[str, Any], where: str) -> dict[str, Any]:
         canonical["meta_rule"] = "cosine" if options["mode"] == "simple" else "adam"
     else:
         check_rule(options, where)
+    chosen = {**options, **canonical}
+    if options["horizon"] is None:
+        looks_back = (chosen["mode"], chosen["meta_rule"]) == ("simple", "cosine")
+        canonical["horizon"] = "run" if looks_back else "step"
+    else:
+        check_horizon(chosen, where)
     low, high = check_range(options["min_lr_mult"], options["max_lr_mult"], where)
     canonical.update(min_lr_mult=low, max_lr_mult=high)
     rate = options["meta_lr"]
@@ -104,6 +112,7 @@ def check(options: dict[str, Any], where: str) -> dict[str, Any]:
             raise ValueError(f"{where}Invalid {key}: {options[key]!r}. True or False")
     check_plain_only({**options, **canonical}, where)
     canonical.update(learned.checked({**options, **canonical}, where))
+    canonical.update(long_run.checked({**options, **canonical}, where))
     return canonical
 
 
@@ -118,6 +127,19 @@ def check_rule(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}Invalid meta_rule: {options['meta_rule']!r}. Choose one of {', '.join(known)} "
             f"for mode={options['mode']!r}"
+        )
+
+
+def check_horizon(options: Mapping[str, Any], where: str) -> None:
+    """Raise if there is no such horizon, or the mode and the meta rule have none so far."""
+    if options["horizon"] not in HORIZONS:
+        raise ValueError(
+            f"{where}Invalid horizon: {options['horizon']!r}. Choose one of {', '.join(HORIZONS)}"
+        )
+    if options["horizon"] == "run" and options["meta_rule"] != "cosine":
+        raise ValueError(
+            f"{where}horizon='run' is for meta_rule='cosine' in mode='simple': the way gone so far "
+            "is compared by its angle. Choose horizon='step'"
         )
 
 

@@ -318,6 +318,29 @@ def alignments(
     return torch.stack([x.to(wide) for x in products]), torch.stack([x.to(wide) for x in lengths])
 
 
+def way(grad: Tensor, param: Tensor, start: Tensor) -> Tensor:
+    r"""What a gradient says of the way that a parameter has come.
+
+    The first number is the derivative of the loss by the logarithm of that way's length, the
+    gradient taken at its end.
+
+    Args:
+        grad: the gradient of the loss now, any shape.
+        param: the parameter now.
+        start: where it began, or a place near that.
+
+    Returns:
+        ``(3,)``: :math:`\langle g, \theta - \theta_0 \rangle` and the squared lengths of both.
+    """
+    wide = torch.promote_types(param.dtype, torch.float32)
+    tensors = [grad, param, start]
+    if param.is_complex():
+        tensors, wide = [torch.view_as_real(t) for t in tensors], wide.to_real()
+    grad, param, start = (t.to(wide).reshape(-1) for t in tensors)
+    gone = param - start
+    return torch.stack([torch.dot(grad, gone), torch.dot(grad, grad), torch.dot(gone, gone)])
+
+
 def next_loss(
     products: Tensor,
     inputs: Inputs,

@@ -53,7 +53,10 @@ def assert_alike(optimizer, twin, rtol, of_learned):
                 bound = max(10 * rtol, 2**-7 if mine[key].dtype == BF16 else 0)
                 torch.testing.assert_close(mine[key], its[key], rtol=bound, atol=bound)
     first, other = optimizer.param_groups[0], twin.param_groups[0]
-    for key in (f"{m}_{part}" for m in learned.modules(first) for part in learned.PARTS):
+    keys = [f"{m}_{part}" for m in learned.modules(first) for part in learned.PARTS]
+    if first["long_run"] is not None:
+        keys.append("long_run")
+    for key in keys:
         scale = other[key].abs().max().clamp(min=1e-30)
         torch.testing.assert_close(
             first[key] / scale, other[key] / scale, rtol=of_learned, atol=of_learned
@@ -67,6 +70,8 @@ VARIANTS = {
     "amsgrad, coupled": {"amsgrad": True, "weight_decay": 0.1, "decoupled": False},
     "not normalized": {"normalize": False, "maximize": True},
     "windows": {"late": {"frequency": 3}},
+    "a look before a meta update": {"meta_update_freq": 5, "weight_decay": 0.1},
+    "the next losses alone": {"horizon": "step"},
 }
 
 
