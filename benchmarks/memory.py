@@ -134,7 +134,7 @@ def check(device: torch.device) -> float:
     for level in range(len(FREQUENCIES) + 1):
         found, wanted = (memory_of(o).weights(level) for o in optimizers)  # type: ignore[union-attr]
         for a, b in zip(found, wanted):
-            worst = max(worst, float((a.cpu().double() - b).abs().max()))
+            worst = max(worst, float((a.cpu().double() - b).detach().abs().max()))
     if not worst < 1e-5:
         raise click.ClickException(f"the levels are up to {worst:.2g} away from float64")
     return worst
