@@ -373,14 +373,10 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
         if self._traces(group) and "update_trace" not in state:
             state["previous_grad"] = empty(dtype=self._kept_dtype(param, group))
             state["update_trace"] = simple.empty_trace(param)
-        if self._looks_back(group) and "initial_param" not in state:
+        if long_run.is_on(group) and "initial_param" not in state:
             long_run.ensure(self.param_groups[0])
             began = empty(dtype=self._kept_dtype(param, group))
             state["initial_param"] = began.copy_(param.detach())
-
-    def _looks_back(self, group: dict[str, Any]) -> bool:
-        """Whether the way from where a parameter began is looked at."""
-        return long_run.is_on(group)
 
     def _kept_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
         """Of ``previous_grad`` and ``initial_param``: 8 bits are enough for products, and for a
@@ -524,7 +520,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
         asked = all(options.wants_kernels(group) for group, _, _ in due)
         asked = asked and bool(due) and kernels.available(first["params"][0].device)
         plan = self._learning.find(self, due) if asked else None
-        looks_back = learns and self._looks_back(first)
+        looks_back = learns and long_run.is_on(first)
         look = long_run.look(first, self.state, due) if looks_back else None
         if plan is not None:
             plan.begin(self, due)
@@ -550,7 +546,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
                 apply(self, one, flats)
 
     def _update_networks(self, first: dict[str, Any]) -> None:
-        if self._looks_back(first) and first["long_run"] is not None:
+        if long_run.is_on(first) and first["long_run"] is not None:
             long_run.join(first)
         self.controller_grad_norm = learned.meta_step(
             first, first["meta_update_freq"], first["meta_rule"]

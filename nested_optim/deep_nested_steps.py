@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_value
 
 from . import rules
-from .meta import learned, simple
+from .meta import learned, long_run, simple
 from .meta.features import features, measure
 from .meta.simple import Due
 from .momentum import foreach_scale
@@ -49,7 +49,7 @@ def apply(optimizer: DeepNestedOptimizer, due: Due, flats: dict[str, Tensor]) ->
     needed |= {"exp_avg_sq"} if group["normalize"] else set()
     needed |= {"max_exp_avg_sq"} if group["normalize"] and group["amsgrad"] else set()
     needed |= {"update_trace"} if optimizer._traces(group) else set()
-    needed |= {"initial_param"} if optimizer._looks_back(group) else set()
+    needed |= {"initial_param"} if long_run.is_on(group) else set()
     for p, state in zip(params, states):
         if not needed <= state.keys():  # switched on in mid-run
             optimizer._init_state(p, group, state)

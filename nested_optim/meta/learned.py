@@ -94,17 +94,25 @@ def checked(options: dict[str, Any], where: str) -> dict[str, Any]:
         if all(value is None for value in found.values()):
             continue
         count = size(options, module)
-        for key, value in found.items():
-            if not isinstance(value, Tensor) or value.shape != (count,):
-                shape = tuple(value.shape) if isinstance(value, Tensor) else value
-                raise ValueError(
-                    f"{where}{key} must be a tensor of {count} numbers for these sizes of networks "
-                    f"and cms_frequencies, but is {shape}"
-                )
-        params = options.get("params") or []
-        device = params[0].device if params else found[f"{module}_weights"].device
-        canonical.update((key, value.to(device, torch.float32)) for key, value in found.items())
+        canonical.update((key, as_kept(options, key, count, where)) for key in found)
     return canonical
+
+
+def as_kept(options: Mapping[str, Any], key: str, count: int, where: str) -> Tensor:
+    """A flat tensor of the options as a group keeps it: float32, beside its parameters.
+
+    Raises:
+        ValueError: it is none, or not of so many numbers.
+    """
+    value = options[key]
+    if not isinstance(value, Tensor) or value.shape != (count,):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise ValueError(
+            f"{where}{key} must be a tensor of {count} numbers for these sizes of networks and "
+            f"cms_frequencies, but is {shape}"
+        )
+    params = options.get("params") or []
+    return value.to(params[0].device if params else value.device, torch.float32)
 
 
 def check_sizes(first: Mapping[str, Any], where: str) -> None:

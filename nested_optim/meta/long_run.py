@@ -36,13 +36,15 @@ from torch.optim.optimizer import _get_value
 from ..rules.deep_nested import way
 from . import learned
 from .controller import log_multipliers
-from .features import GROUP_FEATURES, beside
+from .features import beside
 from .networks import wide_dtype
-from .simple import Due
+from .simple import Due, seen_of_group
 
-#: Steps per look; and what of earlier looks is left after one.
-EVERY, FADES = 5, 0.98
-#: In standard errors.
+#: Steps per look.
+EVERY = 5
+#: What earlier looks count for after one more.
+FADES = 0.98
+#: How many standard errors from 0 a mean is half sure.
 DOUBT = 2.0
 #: Count, mean, sum of squares; the count that a standard error takes.
 _STATISTICS, _ENOUGH = 3, 3.5
@@ -89,18 +91,9 @@ def checked(options: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     Raises:
         ValueError: it is of another size.
     """
-    found = options["long_run"]
-    if found is None:
+    if options["long_run"] is None:
         return {}
-    count = size(options)
-    if not isinstance(found, Tensor) or found.shape != (count,):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else found
-        raise ValueError(
-            f"{where}long_run must be a tensor of {count} numbers for this controller, but is "
-            f"{shape}"
-        )
-    params = options.get("params") or []
-    return {"long_run": found.to(params[0].device if params else found.device, torch.float32)}
+    return {"long_run": learned.as_kept(options, "long_run", size(options), where)}
 
 
 def look(first: Mapping[str, Any], state: Any, dues: Sequence[Due]) -> Look | None:
@@ -116,13 +109,13 @@ def look(first: Mapping[str, Any], state: Any, dues: Sequence[Due]) -> Look | No
         if not known or (count := int(_get_value(kept["step"]))) < 1 or (count + 1) % every:
             continue
         at.append(d)
-        features.append(kept["update_trace"][2 : 2 + GROUP_FEATURES])
+        features.append(seen_of_group(kept["update_trace"]))
         steps.append(every * group["frequency"])
     if not at:
         return None
     home = first["params"][0].device
-    wide = wide_dtype(home)
-    return Look(at, torch.stack([f.to(home, wide, copy=True) for f in features]), steps)
+    # Copies: this step's update writes to the traces before they are used.
+    return Look(at, torch.stack([f.to(home, wide_dtype(home)) for f in features]), steps)
 
 
 def measure(first: Mapping[str, Any], state: Any, due: Due) -> Tensor:

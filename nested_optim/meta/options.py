@@ -131,7 +131,7 @@ def check_rule(options: Mapping[str, Any], where: str) -> None:
 
 
 def check_horizon(options: Mapping[str, Any], where: str) -> None:
-    """Raise if there is no such horizon, or the mode and the meta rule have none so far."""
+    """Raise if there is no such horizon, or it does not go with the meta rule."""
     if options["horizon"] not in HORIZONS:
         raise ValueError(
             f"{where}Invalid horizon: {options['horizon']!r}. Choose one of {', '.join(HORIZONS)}"

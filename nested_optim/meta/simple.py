@@ -96,6 +96,11 @@ def last_sizes(states: Sequence[dict[str, Any]], home: torch.device) -> Tensor:
     return torch.stack(rows)
 
 
+def seen_of_group(trace: Tensor) -> Tensor:
+    """``(GROUP_FEATURES,)`` of a trace: what the controller saw at the tensor's last update."""
+    return trace[_PARTS[0] : _PARTS[0] + GROUP_FEATURES]
+
+
 def _last_betas(trace: Tensor, betas: tuple[float, float]) -> Sequence[Any]:
     """The betas of a tensor's last update: numbers from the host's memory, 0-d tensors from a
     device's, which is not waited for. ``betas`` are taken where they are not known."""
