@@ -521,7 +521,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
         asked = asked and bool(due) and kernels.available(first["params"][0].device)
         plan = self._learning.find(self, due) if asked else None
         looks_back = learns and long_run.is_on(first)
-        look = long_run.look(first, self.state, due) if looks_back else None
+        look = long_run.look(self.state, due) if looks_back else None
         if plan is not None:
             plan.begin(self, due)
             if update_of_networks:
@@ -530,8 +530,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
             grads, length = simple.hypergradients(first, self.state, due, self._slow_keys(first))
             learned.gather(first, grads, length if first["meta_rule"] == "cosine" else None)
             if look is not None:
-                sums = [long_run.measure(first, self.state, due[at]) for at in look.at]
-                long_run.learn(first, look, [one.group for one in due], torch.stack(sums))
+                long_run.learn(first, self.state, due, look)
         if counted:
             first["global_step"] += 1
         if update_of_networks:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Plans that are kept at once: one for each set of parameters that are updated together.
 _MAX_PLANS = 32
+#: And sets of groups that a plan keeps on the device for looks.
+_MAX_LOOKS = 256
 #: Programs of the launch that goes back through the networks; each keeps sums of its own.
 _PROGRAMS = 256
 _SETTINGS = 24
@@ -63,6 +65,7 @@ def _serves(optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
     flats = [
         first[f"{module}_{part}"] for module in learned.modules(first) for part in learned.PARTS
     ]
+    flats += [first["long_run"]] if long_run.is_on(first) else []
     if any(t is None or t.dtype != torch.float32 or t.device != device for t in flats):
         return False
     slow_keys = optimizer._slow_keys(first)
@@ -191,6 +194,7 @@ class _Plan:
         self.found = empty(min(count, _PROGRAMS), self.total)
         self._packed: array[float] | None = None
         self._gathered: tuple[list[int], Tensor] | None = None
+        self._looked: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self._held: list[Tensor] = []  # gradients' copies, until they have been used
 
     def _tensors(self, optimizer: DeepNestedOptimizer) -> list[Tensor]:
@@ -258,9 +262,9 @@ class _Plan:
         with kernels.on(self.device):
             self._inputs(*networks_)
             self._run(first, measure=learn, update=update, way=look is not None)
-            self._learn(first, *networks_, learn=learn, keep=update)
             if look is not None:
-                self._look_back(first, look)
+                self._look_back(first, *networks_, look)
+            self._learn(first, *networks_, learn=learn, keep=update)
 
     def begin(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> None:
         """Bring gradients' addresses, counts and options to the device."""
@@ -368,13 +372,31 @@ class _Plan:
             )  # fmt: skip
             source.launch_pass((self.device, constants), (launch.count, 1, 1), args)
 
-    def _look_back(self, first: dict[str, Any], look: Look) -> None:
-        from .kernels import learned_adamw as source
+    def _look_back(
+        self, first: dict[str, Any], flats: list[Tensor], known: dict[str, Any], look: Look
+    ) -> None:
+        """``long_run.learn``, between the pass and what overwrites the traces."""
+        long_run.ensure(first)
+        from .kernels import look_back as source
 
-        args = self.sums, self.bounds, self.ways, 1024
-        source.launch_way((self.device, 1024), (len(self.groups), 1, 1), args)
-        ways = torch.stack([self.ways[at] for at in look.at])
-        long_run.learn(first, look, self.groups, ways.to(look.features))
+        block = source.BLOCK
+        args: tuple[Any, ...] = self.sums, self.bounds, self.ways, block
+        source.launch_way((self.device, block), (len(self.groups), 1, 1), args)
+        looked = tuple(zip(look.at, look.steps))
+        if looked not in self._looked:
+            if len(self._looked) >= _MAX_LOOKS:
+                self._looked.clear()
+            host = torch.tensor(looked, dtype=torch.int64)
+            self._looked[looked] = _upload(host, self.device)
+        kept, controller = first["long_run"], flats[:2]
+        widths = known["CONTROLLER"], known["CONTROLLER_WIDTH"]
+        constants = long_run.FADES, known["KEPT"], known["WIDE"], *widths, block
+        args = (
+            self.rows, self.settings, *controller, self.ways, self._looked[looked], kept,
+            self.found, len(looked), *constants,
+        )  # fmt: skip
+        kind = self.device, constants, tuple(map(kernels.aligned, (kept, *controller)))
+        source.launch_look(kind, (1, 1, 1), args)
 
     def _learn(
         self,

@@ -17,6 +17,7 @@ MODULES = (
     "learned_layers",
     "learned_networks",
     "level_adamw",
+    "look_back",
     "momenta",
     "normalize",
     "symmetric",

@@ -131,16 +131,23 @@ def test_steps_and_what_is_learned_are_those_of_the_rule(options, launches):
     assert_alike(optimizer, twin, 1e-9 if adam else 1e-6)
 
 
-def test_the_way_from_where_parameters_began_is_summed_group_by_group(launches):
+def test_the_way_from_where_parameters_began_is_summed_group_by_group(modules, monkeypatch):
     """Over several spans of a tensor, of whose groups not all are looked at in a step."""
+    looked = []
+    launch = modules["look_back"].launch_look
+    monkeypatch.setattr(
+        modules["look_back"],
+        "launch_look",
+        lambda kind, grid, args: (looked.append(args[5].tolist()), launch(kind, grid, args)),
+    )
     shapes = (1,), (3, 33), (129, 65)  # the last is of two spans
     late = {"frequency": 2, "lr": 0.05}
-    optimizer, twin, params, twins = pair(shapes=shapes, late=late, meta_update_freq=4)
-    for seed in range(5):
+    optimizer, twin, params, twins = pair(shapes=shapes, late=late, meta_update_freq=20)
+    for seed in range(10):
         advance(optimizer, params, seed)
         advance(twin, twins, seed)
-    assert launches
-    assert optimizer.param_groups[0]["long_run"][0] > 1.9  # two looks, which fade
+    # Places among the groups of a step, and how many steps a look stands for.
+    assert looked == [[[1, 4]], [[0, 5]], [[1, 4]], [[0, 5]]]
     assert_alike(optimizer, twin, 1e-6)
 
 
@@ -345,18 +352,20 @@ def test_moved_memory_and_new_gradients_are_found(launches):
 @pytest.mark.parametrize("rule", ["cosine", "adam"])
 def test_a_gradient_that_is_not_finite_teaches_nothing(rule, launches):
     optimizer, _, params, _ = pair(meta_update_freq=100, meta_rule=rule)
-    for seed in range(2):
+    for seed in range(9):
         advance(optimizer, params, seed)
     first = optimizer.param_groups[0]
-    before = {m: first[f"{m}_grad"].clone() for m in learned.modules(first)}
+    gathers = [f"{module}_grad" for module in learned.modules(first)]
+    gathers += ["long_run"] if rule == "cosine" else []
+    before = {key: first[key].clone() for key in gathers}
     assert all(grad.abs().max() > 0 for grad in before.values())
-    grads = grads_of(params, 2)
+    grads = grads_of(params, 9)  # of a step that looks back
     grads[0].fill_(float("inf"))
     set_grads(params, grads)
     optimizer.step()
-    for module, grad in before.items():
-        assert torch.equal(first[f"{module}_grad"], grad)
-    assert len(launches) == 2
+    for key, grad in before.items():
+        assert torch.equal(first[key], grad)
+    assert len(launches) == 9
 
 
 def test_a_learning_rate_that_is_a_tensor_is_read_in_every_step():

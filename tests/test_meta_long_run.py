@@ -131,11 +131,11 @@ def looks(monkeypatch, frequencies, steps, **options):
     found, now = [[] for _ in frequencies], 0
     real = long_run.learn
 
-    def recorded(first, seen, groups, sums):
+    def recorded(first, state, dues, seen):
         for at, stands_for in zip(seen.at, seen.steps):
-            place = next(i for i, g in enumerate(optimizer.param_groups) if g is groups[at])
+            place = next(i for i, g in enumerate(optimizer.param_groups) if g is dues[at].group)
             found[place].append((now, stands_for))
-        real(first, seen, groups, sums)
+        real(first, state, dues, seen)
 
     monkeypatch.setattr(long_run, "learn", recorded)
     params = [nn.Parameter(torch.randn(3, 2)) for _ in frequencies]

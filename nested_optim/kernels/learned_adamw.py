@@ -279,32 +279,4 @@ def pass_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def way_kernel(sums, bounds, found, BLOCK: tl.constexpr):
-    """What a group's gradients say of the way that its parameters have come.
-
-    Args:
-        sums: float64 ``(spans, SUMS)``, as :func:`pass_kernel` left them.
-        bounds: int64 ``(groups + 1,)``, where each group's sums begin.
-        found: float64 ``(groups, 3)``, written here: the product of gradient and way, and the
-            squared lengths of both.
-    """
-    pid = tl.program_id(0)
-    end = tl.load(bounds + pid + 1)
-    lanes = tl.arange(0, BLOCK)
-    g_w = tl.zeros([BLOCK], tl.float64)
-    g_g = tl.zeros([BLOCK], tl.float64)
-    w_w = tl.zeros([BLOCK], tl.float64)
-    for at in range(tl.load(bounds + pid), end, BLOCK):
-        row = sums + (at + lanes) * 16
-        known = at + lanes < end
-        g_g += tl.load(row, mask=known, other=0.0)
-        g_w += tl.load(row + 10, mask=known, other=0.0)
-        w_w += tl.load(row + 11, mask=known, other=0.0)
-    tl.store(found + pid * 3, tl.sum(g_w))
-    tl.store(found + pid * 3 + 1, tl.sum(g_g))
-    tl.store(found + pid * 3 + 2, tl.sum(w_w))
-
-
 launch_pass = Launcher(pass_kernel, num_warps=NUM_WARPS)
-launch_way = Launcher(way_kernel)

@@ -164,3 +164,45 @@ def add_matrix(at, columns, left, right, factor, left_mask, right_mask, again):
     """Add the outer product of two vectors to a matrix whose rows begin at ``at``."""
     mask = left_mask[:, None] & right_mask[None, :]
     add_to(at[:, None] + columns[None, :], left[:, None] * right[None, :], factor, mask, again)
+
+
+@triton.jit
+def add_controller(
+    out,
+    flat,
+    x,
+    first,
+    second,
+    d_out,
+    WIDE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    again,
+):
+    """Back through the controller: add to ``out`` its output's derivatives by all weights.
+
+    Args:
+        out: float64, where the derivatives by ``flat`` lie.
+        x: the features.
+        first, second: the hidden layers, see :func:`network`.
+        d_out: float64, what the derivatives are multiplied by.
+    """
+    k = tl.arange(0, 8)
+    o = tl.arange(0, 4)
+    i = tl.arange(0, WIDTH)
+    inside = i < HIDDEN
+    weights3 = flat + HIDDEN * 7 + HIDDEN * (HIDDEN + 1) + i
+    d2 = tl.load(weights3, mask=inside, other=0.0).to(WIDE) * (1 - second * second)
+    weights2 = flat + HIDDEN * 7 + i[:, None] * (HIDDEN + 1) + i[None, :]
+    both = inside[:, None] & inside[None, :]
+    matrix = tl.load(weights2, mask=both, other=0.0).to(WIDE)
+    d1 = tl.sum(matrix * d2[:, None], axis=0) * (1 - first * first)
+    at1 = out + i * 7
+    add_matrix(at1, k, d1, x.to(WIDE), d_out, inside, k < 6, again)
+    add_to(at1 + 6, d1, d_out, inside, again)
+    at2 = out + HIDDEN * 7 + i * (HIDDEN + 1)
+    add_matrix(at2, i, d2, first, d_out, inside, inside, again)
+    add_to(at2 + HIDDEN, d2, d_out, inside, again)
+    at3 = out + HIDDEN * (HIDDEN + 8)
+    add_to(at3 + i, second, d_out, inside, again)
+    add_to(at3 + HIDDEN + o, tl.full([4], 1.0, WIDE), d_out, o == 0, again)

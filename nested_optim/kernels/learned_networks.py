@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .launcher import Launcher
 from .learned_layers import (
+    add_controller,
     add_matrix,
     add_to,
     as_kept,
@@ -303,7 +304,6 @@ def learn_kernel(
     c = tl.arange(0, 16)
     k = tl.arange(0, 8)
     r = tl.arange(0, BLOCK)
-    i = tl.arange(0, CONTROLLER_WIDTH)
     j = tl.arange(0, MOMENTUM_WIDTH)
     o = tl.arange(0, 4)
     out = found + pid.to(tl.int64) * total
@@ -399,23 +399,9 @@ def learn_kernel(
                 add_to(out_mixing + o, mixed, 1.0, o <= N_SLOW, again)
             if LEARN_LR:
                 d_out = -(before * decay + lr * direction) * to_raw
-                row3 = controller + CONTROLLER * 7 + CONTROLLER * (CONTROLLER + 1)
-                weights3 = tl.load(row3 + i, mask=i < CONTROLLER, other=0.0).to(WIDE)
-                inside = i < CONTROLLER
-                d2 = weights3 * (1 - x2 * x2)  # for a derivative of 1 by the output
-                weights2 = controller + CONTROLLER * 7 + i[:, None] * (CONTROLLER + 1) + i[None, :]
-                both = inside[:, None] & inside[None, :]
-                matrix = tl.load(weights2, mask=both, other=0.0).to(WIDE)
-                d1 = tl.sum(matrix * d2[:, None], axis=0) * (1 - x1 * x1)
-                at1 = out + i * 7
-                add_matrix(at1, k, d1, x.to(WIDE), d_out, inside, k < 6, again)
-                add_to(at1 + 6, d1, d_out, inside, again)
-                at2 = out + CONTROLLER * 7 + i * (CONTROLLER + 1)
-                add_matrix(at2, i, d2, x1, d_out, inside, inside, again)
-                add_to(at2 + CONTROLLER, d2, d_out, inside, again)
-                at3 = out + CONTROLLER * (CONTROLLER + 8)
-                add_to(at3 + i, x2, d_out, inside, again)
-                add_to(at3 + CONTROLLER + o, tl.full([4], 1.0, WIDE), d_out, o == 0, again)
+                add_controller(
+                    out, controller, x, x1, x2, d_out, WIDE, CONTROLLER, CONTROLLER_WIDTH, again
+                )
             if LEARN_MOMENTUM:
                 new = (1 - beta1) / correction * now
                 old = (fast - new) / (1 - damping)

@@ -55,12 +55,10 @@ class Look(NamedTuple):
 
     Attributes:
         at: their places among the step's.
-        features: ``(groups, GROUP_FEATURES)``, what the controller saw at their last update.
         steps: how many steps each look stands for.
     """
 
     at: list[int]
-    features: Tensor
     steps: list[int]
 
 
@@ -96,29 +94,24 @@ def checked(options: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     return {"long_run": learned.as_kept(options, "long_run", size(options), where)}
 
 
-def look(first: Mapping[str, Any], state: Any, dues: Sequence[Due]) -> Look | None:
+def look(state: Any, dues: Sequence[Due]) -> Look | None:
     """Which groups are looked at now, before they are updated; None for none.
 
     A group of frequency f every ``EVERY // f`` updates, at least at each.
     """
-    at, features, steps = [], [], []
+    found = Look([], [])
     for d, (group, params, _) in enumerate(dues):
         kept = state[params[0]]
         every = max(1, EVERY // group["frequency"])
         known = kept.keys() >= {"initial_param", "update_trace"}
         if not known or (count := int(_get_value(kept["step"]))) < 1 or (count + 1) % every:
             continue
-        at.append(d)
-        features.append(seen_of_group(kept["update_trace"]))
-        steps.append(every * group["frequency"])
-    if not at:
-        return None
-    home = first["params"][0].device
-    # Copies: this step's update writes to the traces before they are used.
-    return Look(at, torch.stack([f.to(home, wide_dtype(home)) for f in features]), steps)
+        found.at.append(d)
+        found.steps.append(every * group["frequency"])
+    return found if found.at else None
 
 
-def measure(first: Mapping[str, Any], state: Any, due: Due) -> Tensor:
+def _measure(first: Mapping[str, Any], state: Any, due: Due) -> Tensor:
     """``(3,)``: sums over a group's parameters of :func:`way`."""
     home = first["params"][0].device
     rows = [
@@ -129,28 +122,32 @@ def measure(first: Mapping[str, Any], state: Any, due: Due) -> Tensor:
     return torch.stack([row.to(home, wide_dtype(home)) for row in rows]).sum(0)
 
 
-def learn(
-    first: dict[str, Any], seen: Look, groups: Sequence[Mapping[str, Any]], sums: Tensor
-) -> None:
-    """Gather what the ways of these groups say; what is not finite is left out.
+def learn(first: dict[str, Any], state: Any, dues: Sequence[Due], seen: Look) -> None:
+    """Gather what the ways of these groups say, before they are updated.
+
+    What is not finite is left out. ``kernels.look_back`` does the same on a device.
 
     Args:
         first: the group that holds what is learned.
-        seen: what is looked at.
-        groups: the step's.
-        sums: ``(groups looked at, 3)``, see :func:`measure`.
+        state: of the parameters.
+        dues: the step's groups.
+        seen: which of them are looked at.
     """
     ensure(first)
     kept = first["long_run"]
-    along = sums[:, 0]
-    if any(groups[at]["maximize"] for at in seen.at):
-        along = along * beside(sums, [-1.0 if groups[at]["maximize"] else 1.0 for at in seen.at])
+    looked = [dues[at] for at in seen.at]
+    sums = torch.stack([_measure(first, state, due) for due in looked])
+    # What the controller saw at the groups' last updates.
+    traces = [state[due.params[0]]["update_trace"] for due in looked]
+    features = torch.stack([seen_of_group(trace).to(sums) for trace in traces])
+    signs = [-1.0 if due.group["maximize"] else 1.0 for due in looked]
+    along = sums[:, 0] * beside(sums, signs)
     cosines = along / sums[:, 1:].sum(0).prod().sqrt()
     flat = first["controller_weights"].detach().to(sums).requires_grad_()
     with torch.enable_grad():
         logs = log_multipliers(
             flat,
-            seen.features,
+            features,
             first["controller_hidden_dim"],
             learned.LAYERS,
             first["min_lr_mult"],
