@@ -476,6 +476,17 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
 
     flush.__doc__ = NestedOptimizer.flush.__doc__
 
+    def _repeat_step(self) -> bool:
+        if self._nested or self.param_groups[0]["max_grad_norm"] is not None:
+            return False
+        dues = self._learning.repeat(self)
+        if dues is None:
+            return False
+        for at, group in enumerate(self.param_groups):
+            self._check_edits(group, f"{self._group_label(at, group)}: ")
+        self._due, self._counted = dues, True
+        return True
+
     def _run_meta_update_hooks(self) -> None:
         self._finish()  # hooks find the step complete
         super()._run_meta_update_hooks()
@@ -539,6 +550,7 @@ class DeepNestedOptimizer(ExplicitUpdates, Report, NestedOptimizer):
             # Weights do not change between, so what this gradient teaches may be gathered late.
             late = learns and not update_of_networks
             self._inputs.update(plan.update(first, learn=late, look=look if late else None))
+            self._learning.remember(self, due, plan)
         elif due:
             flats = learned.weights(first)
             for one in due:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ _PROGRAMS = 256
 _SETTINGS = 24
 
 _dtype, _pointer = attrgetter("dtype"), Tensor.data_ptr
+_grad, _layout, _params = attrgetter("grad"), attrgetter("layout"), itemgetter("params")
 
 
 def _state_keys(group: dict[str, Any], slow_keys: Sequence[str]) -> tuple[str, ...]:
@@ -118,6 +119,7 @@ class _Plan:
 
     def __init__(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> None:
         from .kernels.learned_adamw import ORDER, ROW, SPAN, SUMS
+        from .kernels.look_back import PART
         from .kernels.tables import AddressRing
 
         first = optimizer.param_groups[0]
@@ -130,9 +132,9 @@ class _Plan:
         self.places = [optimizer._place(group) for group in self.groups]
         keys = _state_keys(self.groups[0], self.slow_keys)
         self._of_state = itemgetter("step", "update_trace", *keys)
-        self.tensors = self._tensors(optimizer)
+        self._states = states = [optimizer.state[p] for p in self.params]
+        self.tensors = self._tensors(states)
         self.memory = self._memory()
-        states = [optimizer.state[p] for p in self.params]
         self.steps = [state["step"] for state in states]
         self._counted: tuple[list[int], list[int]] | None = None
         self.strides = [p.stride() for p in self.params]
@@ -173,8 +175,15 @@ class _Plan:
             rows.extend(row + [0] * (ROW - len(row)))
             n_spans += spans
         bounds.append(n_spans)
+        # Parts of groups that a program of its own adds up.
+        parts, begins_at = array("q", [0]), array("q")
+        for begin, end in pairwise(bounds):
+            begins_at.extend(range(begin, end, PART))
+            parts.append(len(begins_at))
+        begins_at.append(n_spans)
         self.rows = _upload(torch.frombuffer(rows, dtype=torch.int64), self.device)
-        self.bounds = _upload(torch.frombuffer(bounds, dtype=torch.int64), self.device)
+        self.bounds = _upload(torch.frombuffer(begins_at, dtype=torch.int64), self.device)
+        self.parts = _upload(torch.frombuffer(parts, dtype=torch.int64), self.device)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -188,7 +197,7 @@ class _Plan:
         self.orders = empty(count, ORDER)
         self.sums = empty(n_spans, SUMS)
         self.lengths = empty(count, 2)
-        self.ways = empty(n_groups, 3)
+        self.ways = empty(parts[-1], 3)
         self.modules = learned.modules(first)
         self.total = sum(first[f"{module}_weights"].numel() for module in self.modules)
         self.found = empty(min(count, _PROGRAMS), self.total)
@@ -197,9 +206,8 @@ class _Plan:
         self._looked: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self._held: list[Tensor] = []  # gradients' copies, until they have been used
 
-    def _tensors(self, optimizer: DeepNestedOptimizer) -> list[Tensor]:
+    def _tensors(self, states: Iterable[dict[str, Any]]) -> list[Tensor]:
         """All state that a step reads or writes; nothing if some of it is missing."""
-        states = map(optimizer.state.__getitem__, self.params)
         try:
             return list(chain.from_iterable(map(self._of_state, states)))
         except KeyError:
@@ -225,9 +233,17 @@ class _Plan:
         if self._counted is not None and versions is not None:
             self._counted = versions, [count + 1 for count in self._counted[1]]
 
-    def fits(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> bool:
-        """Whether these are the tensors and options that the plan was made for."""
-        tensors = self._tensors(optimizer)
+    def fits(
+        self, optimizer: DeepNestedOptimizer, dues: Sequence[Due], *, states_known: bool
+    ) -> bool:
+        """Whether these are the tensors and options that the plan was made for.
+
+        With ``states_known`` the dicts that hold the state are those of then.
+        """
+        states: Iterable[dict[str, Any]] = self._states
+        if not states_known:  # a tensor's hash takes longer than all else here
+            states = map(optimizer.state.__getitem__, self.params)
+        tensors = self._tensors(states)
         return (
             len(tensors) == len(self.tensors)
             and all(map(is_, tensors, self.tensors))
@@ -379,9 +395,8 @@ class _Plan:
         long_run.ensure(first)
         from .kernels import look_back as source
 
-        block = source.BLOCK
-        args: tuple[Any, ...] = self.sums, self.bounds, self.ways, block
-        source.launch_way((self.device, block), (len(self.groups), 1, 1), args)
+        args: tuple[Any, ...] = self.sums, self.bounds, self.ways, source.PART
+        source.launch_way((self.device, source.PART), (len(self.ways), 1, 1), args)
         looked = tuple(zip(look.at, look.steps))
         if looked not in self._looked:
             if len(self._looked) >= _MAX_LOOKS:
@@ -390,10 +405,10 @@ class _Plan:
             self._looked[looked] = _upload(host, self.device)
         kept, controller = first["long_run"], flats[:2]
         widths = known["CONTROLLER"], known["CONTROLLER_WIDTH"]
-        constants = long_run.FADES, known["KEPT"], known["WIDE"], *widths, block
+        constants = long_run.FADES, known["KEPT"], known["WIDE"], *widths, source.BLOCK
         args = (
-            self.rows, self.settings, *controller, self.ways, self._looked[looked], kept,
-            self.found, len(looked), *constants,
+            self.rows, self.settings, *controller, self.ways, self.parts, self._looked[looked],
+            kept, self.found, len(looked), *constants,
         )  # fmt: skip
         kind = self.device, constants, tuple(map(kernels.aligned, (kept, *controller)))
         source.launch_look(kind, (1, 1, 1), args)
@@ -466,19 +481,65 @@ def _structure(groups: Sequence[dict[str, Any]]) -> list[Any]:
     return [(options.shared(group), group["amsgrad"], group["fused"]) for group in groups]
 
 
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+class _LastStep:
+    """All that decided which parameters a step without windows updated, and with which plan."""
+
+    def __init__(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due], plan: _Plan) -> None:
+        self.plan = plan
+        self._groups = list(optimizer.param_groups)
+        self._members = [list(group["params"]) for group in self._groups]
+        self._parts = [(due.group, list(due.params)) for due in dues]
+        present = {id(p) for due in dues for p in due.params}
+        self._absent = [p for ps in self._members for p in ps if id(p) not in present]
+        self._states = list(optimizer.state.values())
+        self._sizes = list(map(len, self._states))
+
+    def dues(self, optimizer: DeepNestedOptimizer) -> list[Due] | None:
+        """Those of this step, if the same parameters have gradients and nothing else has changed.
+
+        Options and memory are the plan's to compare.
+        """
+        groups, states = optimizer.param_groups, list(optimizer.state.values())
+        if not (
+            _same(groups, self._groups)
+            and all(map(_same, map(_params, groups), self._members))
+            and _same(states, self._states)
+            and list(map(len, states)) == self._sizes
+            and not any(p.grad is not None for p in self._absent)
+            and not any(group["frequency"] != 1 or group["capturable"] for group in groups)
+        ):
+            return None
+        found = []
+        for group, params in self._parts:
+            grads: list[Any] = list(map(_grad, params))
+            if set(map(type, grads)) != {Tensor} or set(map(_layout, grads)) != {torch.strided}:
+                return None
+            found.append(Due(group, params, grads))
+        return found
+
+
 class FusedLearning:
     """The plans of one optimizer."""
 
     def __init__(self) -> None:
         self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._last: _LastStep | None = None
+        self._verified: _Plan | None = None  # whose state's dicts have been compared in this step
 
     def find(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> _Plan | None:
         """The plan for a step on these, or None if the kernels leave it to other paths."""
+        verified, self._verified = self._verified, None
         key = tuple(id(p) for due in dues for p in due.params)
         plan = self._plans.get(key)
-        if plan is not None and plan.fits(optimizer, dues):
+        known = plan is verified
+        if plan is not None and plan.fits(optimizer, dues, states_known=known):
             return plan
         self._plans.pop(key, None)
+        self._last = None
         if len({due.group["amsgrad"] for due in dues}) > 1 or not _serves(optimizer, dues):
             return None
         if len(self._plans) >= _MAX_PLANS:
@@ -486,9 +547,33 @@ class FusedLearning:
         plan = self._plans[key] = _Plan(optimizer, dues)
         return plan
 
+    def repeat(self, optimizer: DeepNestedOptimizer) -> list[Due] | None:
+        """What is due in a step like the last one, found without a look at every parameter; None
+        where it has to be found out otherwise."""
+        if self._last is None or (dues := self._last.dues(optimizer)) is None:
+            return None
+        self._verified = self._last.plan
+        return dues
+
+    def remember(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due], plan: _Plan) -> None:
+        """Note a step that this plan has made, if the next one may be like it."""
+        if self._last is not None and self._last.plan is plan:
+            return
+        groups = optimizer.param_groups
+        self._last = None
+        if any(group["frequency"] != 1 or group["capturable"] for group in groups):
+            return
+        due = {id(p) for one in dues for p in one.params}
+        with_grads = {id(p) for g in groups for p in g["params"] if p.grad is not None}
+        states = [optimizer.state[p] for one in dues for p in one.params]
+        plain = all("window_sum" not in s and s["window_count"].is_cpu for s in states)
+        if plain and due == with_grads:
+            self._last = _LastStep(optimizer, dues, plan)
+
     def forget(self) -> None:
         """Drop the plans: the optimizer's state has been replaced."""
         self._plans.clear()
+        self._last = self._verified = None
 
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:

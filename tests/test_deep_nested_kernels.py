@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from nested_optim import DeepNestedOptimizer, NestedOptimizer
+from nested_optim import DeepNestedOptimizer, NestedOptimizer, windows
 from nested_optim.meta import learned
 
 from .helpers import (
@@ -138,9 +138,10 @@ def test_the_way_from_where_parameters_began_is_summed_group_by_group(modules, m
     monkeypatch.setattr(
         modules["look_back"],
         "launch_look",
-        lambda kind, grid, args: (looked.append(args[5].tolist()), launch(kind, grid, args)),
+        lambda kind, grid, args: (looked.append(args[6].tolist()), launch(kind, grid, args)),
     )
-    shapes = (1,), (3, 33), (129, 65)  # the last is of two spans
+    monkeypatch.setattr(modules["look_back"], "PART", 2)
+    shapes = (1,), (3, 33), (129, 65)  # the last is of two spans, its group of two parts
     late = {"frequency": 2, "lr": 0.05}
     optimizer, twin, params, twins = pair(shapes=shapes, late=late, meta_update_freq=20)
     for seed in range(10):
@@ -346,6 +347,113 @@ def test_moved_memory_and_new_gradients_are_found(launches):
     twin.step()
     assert_alike(optimizer, twin, 1e-6)
     assert len(launches) == 5
+
+
+def _leave_out(optimizer, params):
+    params[1].grad = None
+
+
+def _slow_down(optimizer, params):
+    optimizer.param_groups[1]["frequency"] = 2
+
+
+def _turn_off(optimizer, params):
+    for group in optimizer.param_groups:
+        group["meta_lr"] = 0.0
+
+
+def _other_lr(optimizer, params):
+    optimizer.param_groups[1]["lr"] = 0.3
+
+
+def _add_group(optimizer, params):
+    params.append(torch.nn.Parameter(torch.ones(5, dtype=F64)))
+    params[-1].grad = torch.linspace(-1, 1, 5, dtype=F64)
+    optimizer.add_param_group({"params": params[-1:]})
+
+
+def _swap(optimizer, params):
+    group = optimizer.param_groups[1]
+    params[2] = torch.nn.Parameter(params[2].detach() + 1)
+    params[2].grad = torch.ones_like(params[2])
+    group["params"] = [params[1], params[2]]
+
+
+def _forget_state(optimizer, params):
+    del optimizer.state[params[0]]
+
+
+def _lay_out_anew(optimizer, params):
+    params[2].grad = params[2].grad.t().contiguous().t()
+
+
+def _load(optimizer, params):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def _gone(optimizer, params):
+    for p in params:
+        p.grad = None
+
+
+CHANGES = [
+    _leave_out, _slow_down, _turn_off, _other_lr, _add_group, _swap, _forget_state, _lay_out_anew,
+    _load, _gone,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_steps_like_the_last_are_made_without_a_look_at_all_that_did_not_change(
+    change, monkeypatch
+):
+    """And are the same steps, to the last bit, before and after a change."""
+    looked = []
+    real = windows.advance
+    monkeypatch.setattr(windows, "advance", lambda *args: (looked.append(args[0]), real(*args))[1])
+    alone = {"learn_lr": False, "learn_momentum": False, "cms_frequencies": (1, 2)}
+    params = make_params(*SHAPES, dtype=F64)
+    twins = clone_params(params)
+    optimizer, twin = build(params, **alone), build(twins, **alone)
+    monkeypatch.setattr(twin._learning, "repeat", lambda optimizer: None)
+    found = {}
+    for seed in range(6):
+        looked.clear()
+        for opt, tensors in ((optimizer, params), (twin, twins)):
+            old = tensors[: len(SHAPES)]
+            set_grads(old, grads_of(old, seed))
+            if seed == 3:
+                change(opt, tensors)
+            opt.step()
+        found[seed] = looked.count(optimizer)
+        for mine, its in zip(params, twins):
+            assert torch.equal(mine, its)
+        assert_same_state(optimizer, twin)
+        assert looked.count(twin) == len(twin.param_groups)
+    # The first step begins, the second is the first by the kernels.
+    assert found[0] == found[1] == 2 and found[2] == 0
+    assert (found[3] > 0) == (change not in (_other_lr, _lay_out_anew, _turn_off))
+    assert_alike(optimizer, twin, 0.0, of_learned=1e-15)
+
+
+@pytest.mark.parametrize("bad", ["sparse", "frequency"])
+def test_what_is_refused_is_refused_in_a_step_like_the_last(bad):
+    optimizer, _, params, _ = pair()
+    for seed in range(4):
+        advance(optimizer, params, seed)
+    set_grads(params, grads_of(params, 4))
+    before = [p.detach().clone() for p in params]
+    if bad == "sparse":
+        params[1].grad = params[1].grad.to_sparse()
+    else:
+        optimizer.param_groups[1]["frequency"] = True
+    with pytest.raises(
+        (RuntimeError, ValueError), match="sparse" if bad == "sparse" else "group 1"
+    ):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    optimizer.param_groups[1]["frequency"] = 1
+    advance(optimizer, params, 5)
+    assert not any(map(torch.equal, params, before))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -252,12 +252,12 @@ def test_the_learned_pass_compiles_to_accesses_of_16_bytes(
 @pytest.mark.parametrize("kept", ["fp32", "fp64"])
 def test_what_looks_back_compiles(kept, monkeypatch):
     module = without_interpreter("nested_optim.kernels.look_back", monkeypatch)
-    kinds = {"sums": "*fp64", "bounds": "*i64", "found": "*fp64"}
-    lines = lines_of_ptx(module.way_kernel, kinds, {"BLOCK": module.BLOCK}, 4)
+    kinds = {"sums": "*fp64", "bounds": "*i64", "ways": "*fp64"}
+    lines = lines_of_ptx(module.way_kernel, kinds, {"PART": module.PART}, 4)
     assert sum("st.global" in line for line in lines) == 3
     kinds = {"rows": "*i64", "settings": "*fp64", "controller": "*fp32"}
-    kinds |= {"controller_start": "*fp32", "ways": "*fp64", "looked": "*i64", "kept": "*fp32"}
-    kinds |= {"found": "*fp64", "n_looked": "i32"}
+    kinds |= {"controller_start": "*fp32", "ways": "*fp64", "parts": "*i64"}
+    kinds |= {"looked": "*i64", "kept": "*fp32", "found": "*fp64", "n_looked": "i32"}
     kind = {"fp32": triton.language.float32, "fp64": triton.language.float64}[kept]
     constants = {"FADES": 0.98, "KEPT": kind, "WIDE": kind, "CONTROLLER": 32}
     constants |= {"CONTROLLER_WIDTH": 32, "BLOCK": module.BLOCK}

@@ -12,35 +12,38 @@ import triton.language as tl
 from .launcher import Launcher
 from .learned_layers import add_controller, network, number_at, slope
 
-#: Spans per pass of a program's loop over a group's.
-BLOCK = 1024
+#: Spans per program that adds them up, and numbers per pass of the other's loops.
+PART, BLOCK = 256, 1024
 
 
 @triton.jit
-def way_kernel(sums, bounds, found, BLOCK: tl.constexpr):
-    """What a group's gradients say of the way that its parameters have come.
+def way_kernel(sums, bounds, ways, PART: tl.constexpr):
+    """What the gradients of a part of a group say of the way that its parameters have come.
 
     Args:
         sums: float64 ``(spans, SUMS)``, as :func:`.learned_adamw.pass_kernel` left them.
-        bounds: int64 ``(groups + 1,)``, where each group's sums begin.
-        found: float64 ``(groups, 3)``, written here: the product of gradient and way, and the
+        bounds: int64 ``(parts + 1,)``, where each part's sums begin, at most ``PART`` of them.
+        ways: float64 ``(parts, 3)``, written here: the product of gradient and way, and the
             squared lengths of both.
     """
     pid = tl.program_id(0)
-    end = tl.load(bounds + pid + 1)
+    at = tl.load(bounds + pid) + tl.arange(0, PART)
+    known = at < tl.load(bounds + pid + 1)
+    row = sums + at * 16
+    tl.store(ways + pid * 3, tl.sum(tl.load(row + 10, mask=known, other=0.0)))
+    tl.store(ways + pid * 3 + 1, tl.sum(tl.load(row, mask=known, other=0.0)))
+    tl.store(ways + pid * 3 + 2, tl.sum(tl.load(row + 11, mask=known, other=0.0)))
+
+
+@triton.jit
+def _of_group(ways, parts, group, column, BLOCK: tl.constexpr):
+    """The sum of a column of ``ways`` over a group's parts."""
+    end = tl.load(parts + group + 1)
     lanes = tl.arange(0, BLOCK)
-    g_w = tl.zeros([BLOCK], tl.float64)
-    g_g = tl.zeros([BLOCK], tl.float64)
-    w_w = tl.zeros([BLOCK], tl.float64)
-    for at in range(tl.load(bounds + pid), end, BLOCK):
-        row = sums + (at + lanes) * 16
-        known = at + lanes < end
-        g_g += tl.load(row, mask=known, other=0.0)
-        g_w += tl.load(row + 10, mask=known, other=0.0)
-        w_w += tl.load(row + 11, mask=known, other=0.0)
-    tl.store(found + pid * 3, tl.sum(g_w))
-    tl.store(found + pid * 3 + 1, tl.sum(g_g))
-    tl.store(found + pid * 3 + 2, tl.sum(w_w))
+    found = tl.zeros([BLOCK], tl.float64)
+    for at in range(tl.load(parts + group), end, BLOCK):
+        found += tl.load(ways + (at + lanes) * 3 + column, mask=at + lanes < end, other=0.0)
+    return tl.sum(found)
 
 
 @triton.jit(do_not_specialize=["n_looked"])
@@ -50,6 +53,7 @@ def look_kernel(
     controller,
     controller_start,
     ways,
+    parts,
     looked,
     kept,
     found,
@@ -66,7 +70,8 @@ def look_kernel(
     Args:
         rows: see :func:`.learned_adamw.pass_kernel`.
         settings, controller, controller_start: see :func:`.learned_networks.inputs_kernel`.
-        ways: float64 ``(groups, 3)``, see :func:`way_kernel`.
+        ways: float64 ``(parts, 3)``, see :func:`way_kernel`.
+        parts: int64 ``(groups + 1,)``, where each group's parts begin.
         looked: int64 ``(n_looked, 2)``: which group, and how many steps the look stands for.
         kept: float32, as ``meta.long_run`` keeps it; written to.
         found: float64 ``(controller's weights,)``, written over.
@@ -75,15 +80,15 @@ def look_kernel(
     g_g = tl.full([], 0.0, tl.float64)
     w_w = tl.full([], 0.0, tl.float64)
     for n in range(n_looked):
-        way = ways + tl.load(looked + n * 2) * 3
-        g_g += tl.load(way + 1)
-        w_w += tl.load(way + 2)
+        group = tl.load(looked + n * 2)
+        g_g += _of_group(ways, parts, group, 1, BLOCK)
+        w_w += _of_group(ways, parts, group, 2, BLOCK)
     length = tl.sqrt(g_g * w_w)
     against = tl.full([], 0.0, tl.float64)
     for n in range(n_looked):
         group = tl.load(looked + n * 2)
         setting = settings + group * 24
-        cosine = tl.load(setting + 6) * tl.load(ways + group * 3) / length
+        cosine = tl.load(setting + 6) * _of_group(ways, parts, group, 0, BLOCK) / length
         against -= cosine
         row = rows + tl.load(setting + 8).to(tl.int64) * 16
         trace = tl.load(row + 7).to(tl.pointer_type(KEPT))
