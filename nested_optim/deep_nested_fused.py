@@ -38,7 +38,7 @@ _MAX_LOOKS = 256
 _PROGRAMS = 256
 _SETTINGS = 24
 
-_dtype, _pointer = attrgetter("dtype"), Tensor.data_ptr
+_dtype, _version, _pointer = attrgetter("dtype"), attrgetter("_version"), Tensor.data_ptr
 _grad, _layout, _params = attrgetter("grad"), attrgetter("layout"), itemgetter("params")
 
 
@@ -136,7 +136,9 @@ class _Plan:
         self.tensors = self._tensors(states)
         self.memory = self._memory()
         self.steps = [state["step"] for state in states]
+        # How often each has been written to, and what it was then; nobody counts inference tensors.
         self._counted: tuple[list[int], list[int]] | None = None
+        self._versioned = not any(map(Tensor.is_inference, self.steps))
         self.strides = [p.stride() for p in self.params]
         traces = [state["update_trace"] for state in states]
         self.kept = traces[0].dtype
@@ -219,19 +221,18 @@ class _Plan:
 
     def _counts(self) -> list[int]:
         """Updates of each parameter so far. What has not been written to is not read again."""
-        versions = _versions(self.steps)
-        if self._counted is None or versions is None or versions != self._counted[0]:
-            counts = [int(step.item()) for step in self.steps]
-            if versions is None:
-                return counts
-            self._counted = versions, counts
+        if not self._versioned:
+            return [int(step.item()) for step in self.steps]
+        versions = list(map(_version, self.steps))
+        if self._counted is None or versions != self._counted[0]:
+            self._counted = versions, [int(step.item()) for step in self.steps]
         return self._counted[1]
 
     def _count(self) -> None:
         _count(self.steps)
-        versions = _versions(self.steps)
-        if self._counted is not None and versions is not None:
-            self._counted = versions, [count + 1 for count in self._counted[1]]
+        if self._counted is not None:
+            counts = [count + 1 for count in self._counted[1]]
+            self._counted = list(map(_version, self.steps)), counts
 
     def fits(
         self, optimizer: DeepNestedOptimizer, dues: Sequence[Due], *, states_known: bool
@@ -244,11 +245,12 @@ class _Plan:
         if not states_known:  # a tensor's hash takes longer than all else here
             states = map(optimizer.state.__getitem__, self.params)
         tensors = self._tensors(states)
+        grads = [grad for due in dues for grad in due.grads]
         return (
             len(tensors) == len(self.tensors)
             and all(map(is_, tensors, self.tensors))
-            and [grad.dtype for due in dues for grad in due.grads] == self.grad_dtypes
-            and all(type(grad) is Tensor for due in dues for grad in due.grads)
+            and list(map(_dtype, grads)) == self.grad_dtypes
+            and set(map(type, grads)) == {Tensor}
             and len(dues) == len(self.groups)
             and all(due.group is group for due, group in zip(dues, self.groups))
             and [optimizer._place(group) for group in self.groups] == self.places
@@ -470,13 +472,6 @@ class _Plan:
         return found
 
 
-def _versions(tensors: list[Tensor]) -> list[int] | None:
-    """How often each has been written to; None where nobody counts."""
-    if any(map(Tensor.is_inference, tensors)):
-        return None
-    return [tensor._version for tensor in tensors]
-
-
 def _structure(groups: Sequence[dict[str, Any]]) -> list[Any]:
     return [(options.shared(group), group["amsgrad"], group["fused"]) for group in groups]
 
@@ -533,10 +528,11 @@ class FusedLearning:
     def find(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> _Plan | None:
         """The plan for a step on these, or None if the kernels leave it to other paths."""
         verified, self._verified = self._verified, None
+        if verified is not None and verified.fits(optimizer, dues, states_known=True):
+            return verified
         key = tuple(id(p) for due in dues for p in due.params)
         plan = self._plans.get(key)
-        known = plan is verified
-        if plan is not None and plan.fits(optimizer, dues, states_known=known):
+        if plan is not None and plan.fits(optimizer, dues, states_known=False):
             return plan
         self._plans.pop(key, None)
         self._last = None

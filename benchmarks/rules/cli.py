@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..demo import report
+from ..kernels import machine
 from ..output import write_json
 from . import cost, figure, orthogonal, toy
 
@@ -148,12 +149,20 @@ def cost_command(
     step of NestedOptimizer."""
     console = Console() if Console().is_terminal else Console(width=120)
     out.mkdir(parents=True, exist_ok=True)
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = machine.pick_device(device or "auto")
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from error
+    kind = chosen.type
     preset = preset or ("gpt2" if kind == "cuda" else "small")
     period = cost.PERIOD
     if quick:
         preset, seconds, period = "tiny", 0.0, 5
-    document = {**cost.measure(preset, kind, seconds, period), "machine": report.machine()}
+    document = {
+        **cost.measure(preset, str(chosen), seconds, period),
+        "machine": machine.describe(chosen),
+        "versions": machine.versions([]),
+    }
     name = "rules-cost-quick" if quick else f"rules-cost-{kind}-{preset}"
     write_json(document, out / f"{name}.json")
     for table in cost.tables(document):

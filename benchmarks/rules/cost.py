@@ -10,6 +10,7 @@ information.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -254,6 +255,7 @@ def _learned(sizes: Preset, device: str, seconds: float, period: int) -> dict[st
             )
     rows: dict[str, dict[str, Any]] = {}
     works: dict[str, Callable[[], float]] = {}
+    gc.collect()  # what was measured before: the collector would look at it again and again
     for name, build in builds.items():
         model = _model(sizes, device)
         # Without the head, which a model of this size has in common with the embedding.
