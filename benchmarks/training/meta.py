@@ -144,6 +144,26 @@ class Learned(Plain):
         return found
 
 
+class Unrolled(Learned):
+    """DeepNestedOptimizer that learns by meta updates only, each through fresh training batches."""
+
+    #: Steps per meta update.
+    EVERY = 20
+
+    def __init__(self, trial: Trial, optimizer: DeepNestedOptimizer) -> None:
+        super().__init__(optimizer)
+        self.trial, self.steps = trial, 0
+
+    def step(self, loss: Tensor) -> None:
+        super().step(loss)
+        self.steps += 1
+        if self.steps % self.EVERY == 0:
+            length = self.optimizer.param_groups[0]["k_unroll"]
+            batches = [self.trial.fresh() for _ in range(length)]
+            optimizer: Any = self.optimizer
+            optimizer.meta_update(self.trial.fresh(), batches, self.trial.loss_of)
+
+
 @dataclass(frozen=True)
 class Start:
     """What a method is built with: the rate that is set, and for controls the one that is right."""
@@ -225,6 +245,12 @@ def _learned(trial: Trial, start: Start, groups: str = "one", **options: Any) ->
     return Learned(DeepNestedOptimizer(params=params, lr=start.lr, weight_decay=0.0, **options))
 
 
+def _unrolled(trial: Trial, start: Start, **options: Any) -> Unrolled:
+    params: Any = [{"params": list(trial.model.parameters()), "name": "all"}]
+    options = {"lr": start.lr, "weight_decay": 0.0, "mode": "explicit", **options}
+    return Unrolled(trial, DeepNestedOptimizer(params=params, model=trial.model, **options))
+
+
 def _prodigy(trial: Trial, start: Start) -> Plain:
     return Adapted(trial.model.parameters(), start.lr)
 
@@ -246,6 +272,7 @@ class Method:
 
 
 _MULTIPLIERS = {"learn_momentum": False, "learn_mixing": False}
+_META_LRS = (1e-4, 1e-3, 1e-2)
 
 METHODS = {
     "adamw": Method("AdamW", _adamw),
@@ -278,6 +305,17 @@ METHODS = {
         "... meta_rule='adam', every 10 steps",
         _learned,
         ({"meta_rule": "adam", "meta_lr": 2e-4, "meta_update_freq": 10},),
+    ),
+    # By true meta-gradients.
+    "explicit_5": Method(
+        "... mode='explicit' through 5 steps, every 20",
+        _unrolled,
+        tuple({"k_unroll": 5, "meta_lr": rate} for rate in _META_LRS),
+    ),
+    "explicit_20": Method(
+        "... mode='explicit' through 20 steps, every 20",
+        _unrolled,
+        tuple({"k_unroll": 20, "meta_lr": rate} for rate in _META_LRS),
     ),
 }
 if find_spec("prodigyopt"):

@@ -44,6 +44,8 @@ COLOURS = (
     "#8C510A",
     "#80B1D3",
     "#666600",
+    "#B2182B",
+    "#2166AC",
 )
 QUICK_STEPS, QUICK_METHODS = 30, ("adamw", "deep_default")
 #: Whose recorded multipliers are drawn. Prodigy's are rates.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ LENGTH, BATCH, WIDTH, LAYERS = 64, 16, 64, 2
 VALIDATION_BATCHES, VALIDATION_SEED = 8, 999
 #: Of the models for a GPU, see ``run.SIZES``.
 LARGE = "small"
+#: Added to a run's seed for draws of its own.
+FRESH = 10_000
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,16 @@ class Trial:
             over.
         figures: numbers at the end, among them the losses that the task's ``measures`` names.
         layers: the model's parameters, a list for each layer.
+        fresh: a training batch that no step has taken, from draws of its own.
+        loss_of: ``(model, batch)``, the training loss of what ``fresh`` gives.
     """
 
     model: nn.Module
     next_gradient: Callable[[], Tensor]
     figures: Callable[[], dict[str, float]]
     layers: list[list[nn.Parameter]]
+    fresh: Callable[[], Any]
+    loss_of: Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,13 +98,15 @@ def _digits(seed: int, setting: Setting) -> Trial:
     model = build_model(seed)
     layers = [list(module.parameters()) for module in model if isinstance(module, nn.Linear)]
     figures = functools.partial(_digit_figures, model, seed)
-    return Trial(model, _each(model, _digit_losses(model, seed)), figures, layers)
-
-
-def _digit_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
     train, _ = digits.whole(seed)
-    for inputs, labels in digits.batches(train, seed):
-        yield F.cross_entropy(model(inputs), labels)
+    fresh = functools.partial(next, digits.batches(train, seed + FRESH))
+    losses = (_digit_loss(model, batch) for batch in digits.batches(train, seed))
+    return Trial(model, _each(model, losses), figures, layers, fresh, _digit_loss)
+
+
+def _digit_loss(model: nn.Module, batch: digits.Batch) -> Tensor:
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels)
 
 
 @torch.no_grad()
@@ -122,28 +131,25 @@ def _bytes(seed: int, setting: Setting) -> Trial:
         torch.manual_seed(seed)
         model = Transformer(WIDTH, LAYERS, 2, LENGTH, VOCABULARY)
     figures = functools.partial(_text_figures, model)
-    return Trial(model, _each(model, _text_losses(model, seed)), figures, _layers(model))
+    fresh = functools.partial(next, _texts(source().train, seed + FRESH, BATCH))
+    losses = (_text_loss(model, batch) for batch in _texts(source().train, seed, BATCH))
+    return Trial(model, _each(model, losses), figures, _layers(model), fresh, _text_loss)
 
 
-def _next_bytes(model: nn.Module, of: Tensor, generator: torch.Generator, batch: int) -> Tensor:
-    at = data.starts(of, LENGTH + 1, batch, generator)
-    found = data.windows(of, LENGTH + 1, at)
-    return F.cross_entropy(model(found[:, :-1]).flatten(0, 1), found[:, 1:].flatten())
+def _text_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
-def _text_losses(model: nn.Module, seed: int) -> Iterator[Tensor]:
+def _texts(of: Tensor, seed: int, batch: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield _next_bytes(model, source().train, generator, BATCH)
+        yield data.windows(of, LENGTH + 1, data.starts(of, LENGTH + 1, batch, generator))
 
 
 @torch.no_grad()
 def _text_figures(model: nn.Module) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same bytes for every run
-    losses = [
-        _next_bytes(model, source().validation, generator, 4 * BATCH)
-        for _ in range(VALIDATION_BATCHES)
-    ]
+    batches = _texts(source().validation, VALIDATION_SEED, 4 * BATCH)  # the same for every run
+    losses = [_text_loss(model, next(batches)) for _ in range(VALIDATION_BATCHES)]
     loss = float(torch.stack(losses).mean())
     return {"validation loss": loss if loss < digits.DIVERGED else digits.DIVERGED}
 
@@ -172,7 +178,15 @@ def _large(kind: str, seed: int, setting: Setting) -> Trial:
         loss = found.pop("loss")
         return {"validation loss": loss if loss < digits.DIVERGED else digits.DIVERGED, **found}
 
-    return Trial(task.model, next_gradient, figures, _layers(task.model))
+    others = torch.Generator().manual_seed(seed + FRESH)
+
+    def fresh() -> Tensor:
+        return task.draw(others).to(task.device)
+
+    def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+        return task.loss_of(batch)  # of the same model
+
+    return Trial(task.model, next_gradient, figures, _layers(task.model), fresh, loss_of)
 
 
 def _large_task(label: str, kind: str) -> Task:

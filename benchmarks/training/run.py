@@ -119,17 +119,21 @@ class Task:
             return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
         return nullcontext()  # bfloat16 gains nothing on most CPUs
 
-    def draw(self) -> Tensor:
+    def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """What chooses the next training batch, and how its images are changed; on the host.
+
+        Args:
+            generator: of another series of batches than the one that is trained on.
 
         Returns:
             a row of integers per sample.
         """
         size, part = self.size, self.parts[0]
+        generator = generator or self.generator
         if size.length:
-            return starts(part, size.length + 1, size.batch, self.generator)[:, None]
-        at = torch.randint(len(part[0]), (size.batch, 1), generator=self.generator)
-        return torch.cat([at, changes(size.batch, self.generator)], dim=1)
+            return starts(part, size.length + 1, size.batch, generator)[:, None]
+        at = torch.randint(len(part[0]), (size.batch, 1), generator=generator)
+        return torch.cat([at, changes(size.batch, generator)], dim=1)
 
     def drawn(self) -> Iterator[Tensor]:
         """What :meth:`draw` gives, on the device. An upload is of many batches there."""
