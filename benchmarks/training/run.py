@@ -110,6 +110,10 @@ class Task:
             shape = (1, 3, 1, 1)
             self.mean = torch.tensor(data.mean, device=device).view(shape) * 255
             self.std = torch.tensor(data.std, device=device).view(shape) * 255
+        if device.type == "cuda":
+            # The first choice of torch 2.11 on an H200. At high learning rates its gradients were
+            # no numbers, where those of all other implementations were.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model.to(device)
         self.generator = torch.Generator().manual_seed(1000 + job.seed)
 
