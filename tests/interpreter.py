@@ -58,6 +58,28 @@ def _cast(interpreter):
     return cast
 
 
+def _patch(interpreter):
+    """The interpreter's patch of Triton's language, once in a launch.
+
+    It makes one for every function that a kernel calls, which takes as long as all else.
+    """
+    real, known = interpreter._patch_lang, set()
+
+    def patch(fn):
+        language = importlib.import_module("triton.language")
+        wanted = {m.__name__ for m in fn.__globals__.values() if m in (language, language.core)}
+        if known and wanted <= known:
+            return None  # within a function of a kernel, where nobody looks at it
+        of_launch, scope = not known, real(fn)
+        known.update(wanted)
+        if of_launch:
+            restore = scope.restore
+            scope.restore = lambda: (known.clear(), restore())
+        return scope
+
+    return patch
+
+
 @contextmanager
 def interpreted():
     """The modules of kernels by name, interpreted whoever has imported them; afterwards as ever."""
@@ -67,6 +89,8 @@ def interpreted():
         patch.setenv("TRITON_INTERPRET", "1")
         interpreter = importlib.import_module("triton.runtime.interpreter")
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast(interpreter))
+        if hasattr(interpreter, "_LangPatchScope"):  # older ones do not say when a launch is over
+            patch.setattr(interpreter, "_patch_lang", _patch(interpreter))
         try:
             assert kernels.available(torch.device("cpu"))
             yield _reload()
