@@ -394,9 +394,9 @@ class _Plan:
         self, first: dict[str, Any], flats: list[Tensor], known: dict[str, Any], look: Look
     ) -> None:
         """``long_run.learn``, between the pass and what overwrites the traces."""
-        long_run.ensure(first)
         from .kernels import look_back as source
 
+        long_run.ensure(first)
         args: tuple[Any, ...] = self.sums, self.bounds, self.ways, source.PART
         source.launch_way((self.device, source.PART), (len(self.ways), 1, 1), args)
         looked = tuple(zip(look.at, look.steps))
@@ -524,11 +524,13 @@ class FusedLearning:
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._last: _LastStep | None = None
         self._verified: _Plan | None = None  # whose state's dicts have been compared in this step
+        self._like_last = False  # whether this step was found to be
 
     def find(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due]) -> _Plan | None:
         """The plan for a step on these, or None if the kernels leave it to other paths."""
         verified, self._verified = self._verified, None
-        if verified is not None and verified.fits(optimizer, dues, states_known=True):
+        self._like_last = verified is not None and verified.fits(optimizer, dues, states_known=True)
+        if self._like_last:
             return verified
         key = tuple(id(p) for due in dues for p in due.params)
         plan = self._plans.get(key)
@@ -553,7 +555,7 @@ class FusedLearning:
 
     def remember(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due], plan: _Plan) -> None:
         """Note a step that this plan has made, if the next one may be like it."""
-        if self._last is not None and self._last.plan is plan:
+        if self._like_last:
             return
         groups = optimizer.param_groups
         self._last = None

@@ -372,6 +372,10 @@ def _add_group(optimizer, params):
     optimizer.add_param_group({"params": params[-1:]})
 
 
+def _add_idle_group(optimizer, params):
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(5, dtype=F64))]})
+
+
 def _swap(optimizer, params):
     group = optimizer.param_groups[1]
     params[2] = torch.nn.Parameter(params[2].detach() + 1)
@@ -397,8 +401,8 @@ def _gone(optimizer, params):
 
 
 CHANGES = [
-    _leave_out, _slow_down, _turn_off, _other_lr, _add_group, _swap, _forget_state, _lay_out_anew,
-    _load, _gone,
+    _leave_out, _slow_down, _turn_off, _other_lr, _add_group, _add_idle_group, _swap,
+    _forget_state, _lay_out_anew, _load, _gone,
 ]  # fmt: skip
 
 
@@ -416,7 +420,7 @@ def test_steps_like_the_last_are_made_without_a_look_at_all_that_did_not_change(
     optimizer, twin = build(params, **alone), build(twins, **alone)
     monkeypatch.setattr(twin._learning, "repeat", lambda optimizer: None)
     found = {}
-    for seed in range(6):
+    for seed in range(7):
         looked.clear()
         for opt, tensors in ((optimizer, params), (twin, twins)):
             old = tensors[: len(SHAPES)]
@@ -432,6 +436,7 @@ def test_steps_like_the_last_are_made_without_a_look_at_all_that_did_not_change(
     # The first step begins, the second is the first by the kernels.
     assert found[0] == found[1] == 2 and found[2] == 0
     assert (found[3] > 0) == (change not in (_other_lr, _lay_out_anew, _turn_off))
+    assert (found[6] > 0) == (change is _slow_down)  # the others are alike again
     assert_alike(optimizer, twin, 0.0, of_learned=1e-15)
 
 
