@@ -25,6 +25,7 @@ from .meta.long_run import Look
 from .meta.momentum import LIMITS, PACES
 from .meta.simple import Due
 from .nested import _count
+from .repeats import Roster, same_objects
 from .rules.deep_nested import Inputs
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _PROGRAMS = 256
 _SETTINGS = 24
 
 _dtype, _version, _pointer = attrgetter("dtype"), attrgetter("_version"), Tensor.data_ptr
-_grad, _layout, _params = attrgetter("grad"), attrgetter("layout"), itemgetter("params")
+_grad, _layout = attrgetter("grad"), attrgetter("layout")
 
 
 def _state_keys(group: dict[str, Any], slow_keys: Sequence[str]) -> tuple[str, ...]:
@@ -476,20 +477,13 @@ def _structure(groups: Sequence[dict[str, Any]]) -> list[Any]:
     return [(options.shared(group), group["amsgrad"], group["fused"]) for group in groups]
 
 
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
-
-
 class _LastStep:
     """All that decided which parameters a step without windows updated, and with which plan."""
 
     def __init__(self, optimizer: DeepNestedOptimizer, dues: Sequence[Due], plan: _Plan) -> None:
         self.plan = plan
-        self._groups = list(optimizer.param_groups)
-        self._members = [list(group["params"]) for group in self._groups]
+        self._roster = Roster(optimizer, (p for due in dues for p in due.params))
         self._parts = [(due.group, list(due.params)) for due in dues]
-        present = {id(p) for due in dues for p in due.params}
-        self._absent = [p for ps in self._members for p in ps if id(p) not in present]
         self._states = list(optimizer.state.values())
         self._sizes = list(map(len, self._states))
 
@@ -498,14 +492,12 @@ class _LastStep:
 
         Options and memory are the plan's to compare.
         """
-        groups, states = optimizer.param_groups, list(optimizer.state.values())
+        states = list(optimizer.state.values())
         if not (
-            _same(groups, self._groups)
-            and all(map(_same, map(_params, groups), self._members))
-            and _same(states, self._states)
+            self._roster.holds(optimizer)
+            and same_objects(states, self._states)
             and list(map(len, states)) == self._sizes
-            and not any(p.grad is not None for p in self._absent)
-            and not any(group["frequency"] != 1 or group["capturable"] for group in groups)
+            and all(group["frequency"] == 1 for group in optimizer.param_groups)
         ):
             return None
         found = []
@@ -559,13 +551,12 @@ class FusedLearning:
             return
         groups = optimizer.param_groups
         self._last = None
-        if any(group["frequency"] != 1 or group["capturable"] for group in groups):
+        if any(group["frequency"] != 1 for group in groups):
             return
-        due = {id(p) for one in dues for p in one.params}
+        params = [p for one in dues for p in one.params]
         with_grads = {id(p) for g in groups for p in g["params"] if p.grad is not None}
-        states = [optimizer.state[p] for one in dues for p in one.params]
-        plain = all("window_sum" not in s and s["window_count"].is_cpu for s in states)
-        if plain and due == with_grads:
+        windows = any("window_sum" in optimizer.state[p] for p in params)
+        if not windows and set(map(id, params)) == with_grads:
             self._last = _LastStep(optimizer, dues, plan)
 
     def forget(self) -> None:

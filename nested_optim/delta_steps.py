@@ -8,9 +8,8 @@ and a launch that updates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import kernels
 from .nested import _count
+from .repeats import Roster, same_objects
 from .tensors import capturing, to_scalar
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class DeltaSteps:
             len(used) == len(work)
             and all(group["frequency"] == 1 for group, _, _ in work)
             and not any(plan.left for plan in used)
-            and all(_same(plan.params, params) for plan, (_, params, _) in zip(used, work))
+            and all(same_objects(plan.params, params) for plan, (_, params, _) in zip(used, work))
             and not any("window_sum" in optimizer.state[p] for _, ps, _ in work for p in ps)
         ):
             self._last = _Step(optimizer, work, used)
@@ -177,26 +177,18 @@ class _Step:
     """
 
     def __init__(self, optimizer: LevelOptimizer, work: Work, plans: list[_Plan]) -> None:
-        groups = optimizer.param_groups
-        self._groups = list(groups)
-        self._members = [list(group["params"]) for group in groups]
-        self._structure = list(map(_structure, groups))
+        self._roster = Roster(optimizer, (p for _, params, _ in work for p in params))
+        self._structure = list(map(_structure, optimizer.param_groups))
         self._held = _values(optimizer)
         self.plans = [(group, plan) for (group, _, _), plan in zip(work, plans)]
         self.steps = [[optimizer.state[p]["step"] for p in params] for _, params, _ in work]
-        present = {id(p) for _, params, _ in work for p in params}
-        self._absent = [p for ps in self._members for p in ps if id(p) not in present]
 
     def find(self, optimizer: LevelOptimizer) -> list[list[list[int]]] | None:
         """The gradients' addresses for each plan, if they are such ones of the same groups."""
         groups = optimizer.param_groups
-        if not (_same(groups, self._groups) and all(map(takes, groups))):
+        if not (self._roster.holds(optimizer) and all(map(takes, groups))):
             return None
-        if not all(map(_same, map(_params, groups), self._members)):
-            return None
-        if not all(map(_same, map(_structure, groups), self._structure)):
-            return None
-        if any(p.grad is not None for p in self._absent):
+        if not all(map(same_objects, map(_structure, groups), self._structure)):
             return None
         found = []
         for _, plan in self.plans:
@@ -208,17 +200,14 @@ class _Step:
 
     def holds(self, optimizer: LevelOptimizer) -> bool:
         """Whether the state consists of the same tensors, and they lie where they did."""
-        return _same(_values(optimizer), self._held) and all(plan.lies() for _, plan in self.plans)
+        return same_objects(_values(optimizer), self._held) and all(
+            plan.lies() for _, plan in self.plans
+        )
 
 
 def _values(optimizer: LevelOptimizer) -> list[Any]:
     """All that the state holds."""
     return list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-
-
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether both hold the very same objects."""
-    return len(some) == len(others) and all(map(is_, some, others))
 
 
 class _Plan:

@@ -264,6 +264,36 @@ def test_tasks_for_a_gpu_train_the_models_of_the_comparison(task, saved):
     assert sorted(found) == sorted(id(p) for p in trial.model.parameters())
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_explicit_mode_learns_from_batches_that_no_step_takes(task, saved, monkeypatch):
+    monkeypatch.setattr(meta.Unrolled, "EVERY", 3)
+    kind = TASKS[task].kind
+    setting = Setting("cpu", saved["lm" if kind == "lm" else "images"]) if kind else Setting()
+    losses, batches, real = {}, [], DeepNestedOptimizer.meta_update
+    monkeypatch.setattr(
+        DeepNestedOptimizer,
+        "meta_update",
+        lambda self, val, train, loss_fn: (
+            batches.append([val, *train]),
+            real(self, val, train, loss_fn),
+        ),
+    )
+    for name in ("adamw", "explicit_5"):
+        trial = TASKS[task].begin(3, setting)
+        options = meta.METHODS[name].choices[-1]
+        learner = meta.METHODS[name].build(trial, meta.Start(1e-3, 1e-3, 10), **options)
+        losses[name] = []
+        for _ in range(5):
+            loss = trial.next_gradient()
+            losses[name].append(loss.item())
+            learner.step(loss)
+    # The fourth step is the first that a meta update can have changed.
+    assert losses["adamw"][:4] == losses["explicit_5"][:4]
+    assert losses["adamw"][4] != losses["explicit_5"][4]
+    assert learner.multipliers(1e-3) != 1 and len(batches) == 1
+    assert len({str(batch) for batch in batches[0]}) == 1 + options["k_unroll"]
+
+
 def test_a_job_s_data_is_part_of_what_it_is_where_it_is_not_the_task_s_own():
     assert "data" not in job().identity()
     assert job(data="a").identity() != job(data="b").identity()

@@ -272,7 +272,6 @@ class Method:
 
 
 _MULTIPLIERS = {"learn_momentum": False, "learn_mixing": False}
-_META_LRS = (1e-4, 1e-3, 1e-2)
 
 METHODS = {
     "adamw": Method("AdamW", _adamw),
@@ -310,12 +309,7 @@ METHODS = {
     "explicit_5": Method(
         "... mode='explicit' through 5 steps, every 20",
         _unrolled,
-        tuple({"k_unroll": 5, "meta_lr": rate} for rate in _META_LRS),
-    ),
-    "explicit_20": Method(
-        "... mode='explicit' through 20 steps, every 20",
-        _unrolled,
-        tuple({"k_unroll": 20, "meta_lr": rate} for rate in _META_LRS),
+        tuple({"k_unroll": 5, "meta_lr": rate} for rate in (1e-4, 1e-3, 1e-2)),
     ),
 }
 if find_spec("prodigyopt"):

@@ -45,7 +45,6 @@ COLOURS = (
     "#80B1D3",
     "#666600",
     "#B2182B",
-    "#2166AC",
 )
 QUICK_STEPS, QUICK_METHODS = 30, ("adamw", "deep_default")
 #: Whose recorded multipliers are drawn. Prodigy's are rates.
