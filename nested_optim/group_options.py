@@ -179,3 +179,26 @@ def with_own_lr(options: dict[str, Any]) -> dict[str, Any]:
 
 def listing(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def flat_option(options: Mapping[str, Any], key: str, count: int, sizes: str, where: str) -> Tensor:
+    """A flat tensor of learned numbers as a group keeps it: float32, beside its parameters.
+
+    Args:
+        options: the group's.
+        key: the tensor's.
+        count: how many numbers it has to have.
+        sizes: what that follows from.
+        where: what errors begin with.
+
+    Raises:
+        ValueError: it is no tensor, or not of so many numbers.
+    """
+    value = options[key]
+    if not isinstance(value, Tensor) or value.shape != (count,):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise ValueError(
+            f"{where}{key} must be a tensor of {count} numbers for {sizes}, but is {shape}"
+        )
+    params = options.get("params") or []
+    return value.to(params[0].device if params else value.device, torch.float32)

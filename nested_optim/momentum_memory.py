@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import rules
+from .group_options import flat_option
 from .rules.momentum import decay
 
 #: Where the first param group holds the memory: flat float32 tensors.
@@ -62,17 +63,8 @@ def checked(options: dict[str, Any], where: str) -> dict[str, Any]:
     found = {key: options[key] for key in TENSORS}
     if all(value is None for value in found.values()):
         return {}
-    size = rules.memory_size(options["hidden"])
-    for key, value in found.items():
-        if not isinstance(value, Tensor) or value.shape != (size,):
-            shape = tuple(value.shape) if isinstance(value, Tensor) else value
-            raise ValueError(
-                f"{where}{key} must be a tensor of {size} numbers for hidden={options['hidden']}, "
-                f"but is {shape}"
-            )
-    params = options.get("params") or []
-    device = params[0].device if params else found["memory_weights"].device
-    return {key: value.to(device, torch.float32) for key, value in found.items()}
+    size, of = rules.memory_size(options["hidden"]), f"hidden={options['hidden']}"
+    return {key: flat_option(options, key, size, of, where) for key in found}
 
 
 def as_real(tensors: list[Tensor]) -> list[Tensor]:

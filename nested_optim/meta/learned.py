@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import rules
+from ..group_options import flat_option
 from ..rules.deep_nested import Inputs
 from . import networks
 from .controller import multipliers
@@ -99,20 +100,8 @@ def checked(options: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def as_kept(options: Mapping[str, Any], key: str, count: int, where: str) -> Tensor:
-    """A flat tensor of the options as a group keeps it: float32, beside its parameters.
-
-    Raises:
-        ValueError: it is none, or not of so many numbers.
-    """
-    value = options[key]
-    if not isinstance(value, Tensor) or value.shape != (count,):
-        shape = tuple(value.shape) if isinstance(value, Tensor) else value
-        raise ValueError(
-            f"{where}{key} must be a tensor of {count} numbers for these sizes of networks and "
-            f"cms_frequencies, but is {shape}"
-        )
-    params = options.get("params") or []
-    return value.to(params[0].device if params else value.device, torch.float32)
+    """:func:`flat_option` of so many numbers."""
+    return flat_option(options, key, count, "these sizes of networks and cms_frequencies", where)
 
 
 def check_sizes(first: Mapping[str, Any], where: str) -> None:
